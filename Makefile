@@ -1,0 +1,35 @@
+# The interpreter that makes .venv; everything else runs inside it.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(INSTALLED) ## Make .venv and fetch the LPIPS backbones into the cache
+	@$(BIN)/python -m pipelines.backbones
+
+demo: setup ## Train, tune, evaluate and release a tiny model on this machine
+	@$(BIN)/python -m pipelines.demo
+
+test: setup ## Run the tests that need no GPU and no server
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check format, lint and types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean: ## Remove .venv, the demo's runs and caches, but not the backbones
+	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, \
+	$(PYTHON) is %d.%d. Set one: make setup PYTHON=python3.11" % sys.version_info[:2])'
+	@echo "Installing requirements-dev.txt into .venv (some minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""CTMSR: one-step generative super-resolution, as functions on tensors and arrays."""

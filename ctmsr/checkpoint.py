@@ -1,0 +1,222 @@
+"""What a checkpoint holds: a folder of safetensors and JSON, written atomically and verified when read.
+
+    model.safetensors         EMA weights: what is evaluated and released
+    train_state.safetensors   what resuming needs besides; absent from a released checkpoint
+    checkpoint.json           config, meta, and the size and SHA-256 of the files above; written last
+
+Nothing here unpickles: reading a checkpoint from a stranger runs none of their code.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import from_dict
+from .errors import CheckpointError, ConfigError
+from .network import ConsistencyModel, NetworkConfig
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+TRAIN_STATE_FILE = "train_state.safetensors"
+MANIFEST_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The verified content of checkpoint.json."""
+
+    config: dict[str, Any]
+    """The run's resolved config; `config["network"]` builds the model."""
+    meta: dict[str, Any]
+    """Step, metrics and origin, as the writer gave them."""
+    files: dict[str, dict[str, Any]]
+    """By file name: `{"bytes": int, "sha256": str}`."""
+
+
+def save(
+    folder: Path,
+    *,
+    model: Mapping[str, Tensor],
+    config: dict[str, Any],
+    meta: dict[str, Any],
+    train_state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a checkpoint beside `folder` and renames it into place: it exists complete or not at all.
+
+    Args:
+        folder: Where it goes; must not exist, or be an empty folder. Missing parents are made.
+        model: State dict of a ConsistencyModel, on any device.
+        config: Resolved config of the run as JSON types, with a "network" section.
+        meta: Anything JSON holds: step, metrics, commit, data manifest.
+        train_state: Flat tensors for resuming, by name.
+
+    Raises:
+        CheckpointError: `folder` already holds something.
+        OSError: The disk refused; nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(
+            f"{folder} already exists, and a checkpoint is never overwritten. Name a new folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {MODEL_FILE: model} | ({} if train_state is None else {TRAIN_STATE_FILE: train_state})
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        staging = Path(scratch, folder.name)
+        staging.mkdir()
+        files = {}
+        for name, state in tensors.items():
+            save_file({key: t.detach().cpu().contiguous() for key, t in state.items()}, staging / name)
+            _sync(staging / name)
+            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
+        manifest = {"format_version": FORMAT_VERSION, "config": config, "meta": meta, "files": files}
+        (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _sync(staging / MANIFEST_FILE)
+        _sync(staging)
+        os.rename(staging, folder)
+    _sync(folder.parent)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads checkpoint.json and checks every file it lists, size and SHA-256.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is incomplete, damaged or of a newer format.
+    """
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is a file, not a checkpoint folder. Pickled weights (.pth, .pt, .ckpt) can run code "
+            f"when loaded and are never read here. Pass a folder with {MANIFEST_FILE}."
+        )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"no checkpoint at {folder}. Check the path.")
+    if not (folder / MANIFEST_FILE).is_file():
+        raise CheckpointError(
+            f"checkpoint {folder} is incomplete: {MANIFEST_FILE} is missing, and it is written last. "
+            "Use an earlier checkpoint."
+        )
+    manifest = _parse_manifest(folder)
+    for name, expected in manifest.files.items():
+        _verify(folder, name, expected)
+    return manifest
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[ConsistencyModel, Manifest]:
+    """Builds the network that the checkpoint's config describes and fills it with the verified weights.
+
+    Args:
+        folder: A checkpoint folder.
+        device: Where the model goes.
+
+    Returns:
+        The model in eval mode, and the manifest.
+
+    Raises:
+        CheckpointError: As `read_manifest`; or the config does not load, or the weights do not fit it.
+    """
+    manifest = read_manifest(folder)
+    try:
+        config = from_dict(NetworkConfig, manifest.config["network"], "network")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint {folder} has a config this version does not accept: {error}"
+        ) from error
+    model = ConsistencyModel(config)
+    weights = load_file(folder / MODEL_FILE)
+    differences = _differences(model.state_dict(), weights)
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is of another shape than its config: {'; '.join(differences[:5])}{more}. "
+            "Use the config it was trained with."
+        )
+    model.load_state_dict(weights)
+    return model.eval().to(device), manifest
+
+
+def load_train_state(folder: Path) -> dict[str, Tensor]:
+    """The verified tensors that `save` got as `train_state`, on the CPU.
+
+    Raises:
+        CheckpointError: As `read_manifest`; or the checkpoint was released without a training state.
+    """
+    if TRAIN_STATE_FILE not in read_manifest(folder).files:
+        raise CheckpointError(
+            f"checkpoint {folder} holds no training state ({TRAIN_STATE_FILE}): it can be evaluated and "
+            "released, not resumed. Use a checkpoint from the run's own folder."
+        )
+    return load_file(folder / TRAIN_STATE_FILE)
+
+
+def _parse_manifest(folder: Path) -> Manifest:
+    try:
+        data = json.loads((folder / MANIFEST_FILE).read_bytes())
+        version = int(data["format_version"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {folder} has format version {version}, this program reads up to "
+                f"{FORMAT_VERSION}. Update the program."
+            )
+        manifest = Manifest(config=dict(data["config"]), meta=dict(data["meta"]), files=dict(data["files"]))
+        if "network" not in manifest.config:
+            raise ValueError("config has no section network")
+        complete = MODEL_FILE in manifest.files and manifest.files.keys() <= {MODEL_FILE, TRAIN_STATE_FILE}
+        if not complete or not all({"bytes", "sha256"} <= set(entry) for entry in manifest.files.values()):
+            raise ValueError(f"unexpected list of files {manifest.files}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {MANIFEST_FILE} does not read ({error!r}). "
+            "Use an earlier checkpoint."
+        ) from error
+    return manifest
+
+
+def _verify(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {folder} is incomplete: {name} is missing. Copy it again.")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: {name} has {size} bytes, {MANIFEST_FILE} says "
+            f"{expected['bytes']}. Copy it again or use an earlier checkpoint."
+        )
+    if _sha256(path) != expected["sha256"]:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: the SHA-256 of {name} is not the one in {MANIFEST_FILE}. "
+            "Copy it again or use an earlier checkpoint."
+        )
+
+
+def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Where two state dicts differ in names or shapes, in words, in a stable order."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    extra = [f"{name} is not in the network" for name in sorted(found) if name not in expected]
+    misshaped = [
+        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    return missing + extra + misshaped
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,154 @@
+"""Strict load of a frozen dataclass from a plain dict, dump back, and the text that explains each field.
+
+The dataclasses are the single source of a run's settings: a preset, a file, `--set` and a Tune trial all pass
+through `from_dict`, so none of them can reach a value that another would refuse.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Builds the dataclass `cls` from a plain dict of JSON types.
+
+    Args:
+        cls: A dataclass whose fields are scalars, literals, tuples, optionals or other dataclasses.
+        data: Values by field name; a missing key takes the field's default.
+        where: Dotted path of `cls` in the whole config, for messages.
+
+    Raises:
+        ConfigError: A key is unknown (the nearest one is named) or a value has the wrong type or range.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'config'} must be a table of keys, got {data!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(_unknown_key(f"{where}.{key}" if where else key, key, list(hints)))
+    if missing := sorted(_required(cls) - set(data)):
+        raise ConfigError(f"{where or 'config'} lacks {', '.join(missing)}. Give them a value.")
+    values = {
+        key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in data.items()
+    }
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested dicts of JSON types: `from_dict(type(config), to_dict(config)) == config`."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def override(data: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """A copy of nested `data` with `["schedule.rho=3", ...]` applied; values are JSON, else plain strings.
+
+    Raises:
+        ConfigError: An assignment has no `=`, or its path runs through something that is not a section.
+    """
+    result = json.loads(json.dumps(data))
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path:
+            raise ConfigError(f"--set takes key=value, such as schedule.rho=3, got {assignment!r}.")
+        *sections, key = path.split(".")
+        node = result
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                known = [k for k, v in node.items() if isinstance(v, dict)]
+                raise ConfigError(_unknown_key(path, section, known))
+            node = node[section]
+        if isinstance(node.get(key), dict):
+            raise ConfigError(f"{path} is a section, not a value. Set one of: {', '.join(node[key])}.")
+        node[key] = _parse(text)
+    return result
+
+
+def flatten(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else key
+        flat |= flatten(value, path) if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def describe(cls: type, where: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (dotted key, one-line text) for every field: the text is the string literal below the field."""
+    source = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(source, ast.ClassDef)
+    hints = typing.get_type_hints(cls)
+    for statement, following in zip(source.body, [*source.body[1:], None], strict=True):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        name = statement.target.id
+        path = f"{where}.{name}" if where else name
+        if dataclasses.is_dataclass(hints[name]):
+            yield from describe(hints[name], path)
+        elif isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            yield path, str(following.value.value)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless `condition`: the one-line form that `__post_init__` methods use."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def _required(cls: Any) -> set[str]:
+    """Names of the fields without a default."""
+    none = dataclasses.MISSING
+    return {f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none}
+
+
+def _unknown_key(path: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
+    return f"unknown config key {path}. {hint}"
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint` asks for; an int passes for a float, a list for a tuple, no more."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return value if isinstance(value, hint) else from_dict(hint, value, path)
+    if origin in (Union, types.UnionType):
+        inner = [a for a in arguments if a is not type(None)]
+        return None if value is None else _convert(inner[0], value, path)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) == len(value):
+            pairs = zip(kinds, value, strict=True)
+            return tuple(_convert(kind, v, f"{path}[{i}]") for i, (kind, v) in enumerate(pairs))
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    raise ConfigError(f"{path} must be {_type_name(hint)}, got {value!r}.")
+
+
+def _type_name(hint: Any) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, str(hint).replace("typing.", "")
+    )

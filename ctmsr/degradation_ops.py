@@ -1,0 +1,229 @@
+"""Blur, resize, noise and JPEG: the operations a degradation is made of, one pure function each.
+
+The recipe is that of Real-ESRGAN (Wang et al. 2021, arXiv:2107.10833, section 3). In this module and in
+`degradation`, `image` is float32, HWC, RGB, in [0, 1] except where a filter overshoots.
+"""
+
+import math
+from functools import lru_cache
+from typing import Literal
+
+import cv2
+import numpy as np
+from scipy.special import j1, pdtr
+
+ResizeMode = Literal["area", "bilinear", "bicubic"]
+
+# Up to this many taps OpenCV filters directly; above it goes through a DFT, 2 to 4 times slower at our sizes.
+_MAX_DIRECT_TAPS = 121
+
+# Table entries for each Poisson mean: more save search steps, fewer fit the cache.
+_NUM_BUCKETS = 1024
+
+
+def gaussian_kernel(
+    size: int, blur_sigma_px: tuple[float, float], *, rotation_rad: float = 0.0, beta: float = 1.0
+) -> np.ndarray:
+    """Generalised Gaussian kernel exp(-(x^T S^-1 x)^beta / 2), normalised.
+
+    Args:
+        size: Side in pixels, odd.
+        blur_sigma_px: Widths along the two principal axes, above 0; S = R diag(widths^2) R^T.
+        rotation_rad: Angle of R, from the x axis to the y axis.
+        beta: Shape: 1 is the Gaussian, smaller has heavier tails, larger is flatter with a sharper edge.
+
+    Returns:
+        float32 of shape (size, size), summing to 1.
+    """
+    return _normalized(np.exp(-0.5 * _squared_distance(size, blur_sigma_px, rotation_rad) ** beta))
+
+
+def plateau_kernel(
+    size: int, blur_sigma_px: tuple[float, float], *, rotation_rad: float = 0.0, beta: float = 1.0
+) -> np.ndarray:
+    """Plateau-shaped kernel 1 / ((x^T S^-1 x)^beta + 1), normalised; arguments as in `gaussian_kernel`."""
+    return _normalized(1 / (_squared_distance(size, blur_sigma_px, rotation_rad) ** beta + 1))
+
+
+def sinc_kernel(size: int, cutoff_rad: float) -> np.ndarray:
+    """Circular low-pass kernel w J1(w r) / (2 pi r), normalised: makes ringing and overshoot.
+
+    Args:
+        size: Side in pixels, odd.
+        cutoff_rad: Cut-off frequency w in radians a pixel, in (0, pi]; lower cuts more.
+
+    Returns:
+        float32 of shape (size, size), summing to 1, with negative lobes.
+    """
+    radius = np.hypot(*_grid(size))
+    center = size // 2
+    radius[center, center] = 1.0  # any value but 0: overwritten by the limit below
+    kernel = cutoff_rad * j1(cutoff_rad * radius) / (2 * math.pi * radius)
+    kernel[center, center] = cutoff_rad**2 / (4 * math.pi)
+    return _normalized(kernel)
+
+
+def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    axis = np.arange(size) - size // 2
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+def _squared_distance(size: int, blur_sigma_px: tuple[float, float], rotation_rad: float) -> np.ndarray:
+    """x^T S^-1 x on the kernel's grid, by rotating the coordinates onto the principal axes of S."""
+    x, y = _grid(size)
+    cos, sin = math.cos(rotation_rad), math.sin(rotation_rad)
+    return ((cos * x + sin * y) / blur_sigma_px[0]) ** 2 + ((cos * y - sin * x) / blur_sigma_px[1]) ** 2
+
+
+def _normalized(kernel: np.ndarray) -> np.ndarray:
+    kernel = kernel / kernel.sum()
+    # Together such taps move a pixel by under 1/1000 of an 8-bit level. OpenCV skips zeros; the tails of a
+    # narrow Gaussian are subnormal floats, which would make the filter up to ten times slower.
+    kernel[np.abs(kernel) < 1e-8] = 0
+    return np.asarray(kernel, dtype=np.float32)
+
+
+def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Correlate each channel with an odd square kernel; the border mirrors without repeating the edge."""
+    size = kernel.shape[0]
+    if kernel.size <= _MAX_DIRECT_TAPS:
+        return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+    # Strips of whole kernel rows, each few enough taps to be filtered directly.
+    height, num_rows = image.shape[0], _MAX_DIRECT_TAPS // size
+    padded = cv2.copyMakeBorder(image, size // 2, size // 2, 0, 0, cv2.BORDER_REFLECT_101)
+    result = np.zeros_like(image)
+    for top in range(0, size, num_rows):
+        strip = kernel[top : top + num_rows]
+        rows = padded[top : top + height + len(strip) - 1]
+        anchor = (size // 2, 0)
+        result += cv2.filter2D(rows, -1, strip, anchor=anchor, borderType=cv2.BORDER_REFLECT_101)[:height]
+    return result
+
+
+def resize(image: np.ndarray, size: tuple[int, int], mode: ResizeMode) -> np.ndarray:
+    """Resample to (height, width) without antialiasing; equals torch's `F.interpolate(size=size, mode=mode)`.
+
+    Bicubic has a = -0.75 and may overshoot [0, 1]. "area" averages all input pixels that an output pixel
+    touches, when enlarging too: adaptive average pooling, not OpenCV's INTER_AREA.
+    """
+    if size == image.shape[:2]:
+        return image
+    if mode == "area":
+        return _resize_area(image, size)
+    interpolation = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}[mode]
+    return cv2.resize(image, (size[1], size[0]), interpolation=interpolation)
+
+
+def _resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    for (
+        num_out
+    ) in size:  # each pass averages along the rows' axis and swaps the axes, so two restore the layout
+        image = cv2.transpose(_average_rows(image, num_out))
+    return image
+
+
+def _average_rows(image: np.ndarray, num_out: int) -> np.ndarray:
+    """Mean of the input rows first..last-1 that each output row's footprint touches."""
+    num_in, index = image.shape[0], np.arange(num_out)
+    first, last = index * num_in // num_out, -(-(index + 1) * num_in // num_out)
+    total = image[first]
+    for tap in range(1, int((last - first).max())):
+        inside = first + tap < last
+        total[inside] += image[first[inside] + tap]
+    return total / (last - first)[:, None, None].astype(np.float32)
+
+
+def add_gaussian_noise(
+    image: np.ndarray, noise_std: float, *, is_grey: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Add white Gaussian noise and clip to [0, 1].
+
+    Args:
+        image: float32 HWC.
+        noise_std: Standard deviation in [0, 1] units.
+        is_grey: One draw a pixel, shared by its channels, instead of one a channel.
+        rng: Source of the noise.
+    """
+    shape = (*image.shape[:2], 1) if is_grey else image.shape
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    noise *= np.float32(noise_std)
+    return _clip(image + noise)
+
+
+def add_poisson_noise(
+    image: np.ndarray, poisson_scale: float, *, is_grey: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Add scaled shot noise and clip to [0, 1].
+
+    As Real-ESRGAN does: with x the image on the 8-bit grid and v the number of distinct levels in it, rounded
+    up to a power of two, the noise is scale * (Poisson(v x) / v - x).
+
+    Args:
+        image: float32 HWC.
+        poisson_scale: Factor on the noise, at least 0; 1 is true shot noise of v photons at white.
+        is_grey: Noise of the luma, shared by the channels, instead of each channel's own.
+        rng: Source of the noise.
+    """
+    source = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if is_grey else image
+    levels = u8_from_unit(source)
+    num_levels = np.count_nonzero(np.bincount(levels.ravel()))
+    peak = 2 ** math.ceil(math.log2(num_levels))
+    noise = _draw_poisson(levels, peak, rng) / np.float32(peak) - unit_from_u8(levels)
+    return _clip(image + np.float32(poisson_scale) * noise)
+
+
+def _draw_poisson(levels: np.ndarray, peak: int, rng: np.random.Generator) -> np.ndarray:
+    """Poisson counts of mean peak * level / 255, by inverting the distribution function.
+
+    There are only 256 means, so the search starts from a table next to its end. Exact to the 24 bits of a
+    float32 draw, and three times faster than `Generator.poisson`, which was the slowest operation by far.
+    """
+    cdf, starts = _poisson_tables(peak)
+    level = levels.ravel()
+    draw = rng.random(level.size, dtype=np.float32)
+    counts = starts[level, (draw * _NUM_BUCKETS).astype(np.int16)]
+    short = np.flatnonzero(cdf[level, counts] <= draw)
+    while short.size:
+        counts[short] += 1
+        short = short[cdf[level[short], counts[short]] <= draw[short]]
+    return counts.reshape(levels.shape)
+
+
+@lru_cache(maxsize=9)  # one entry for each peak: 1, 2, 4 ... 256; 5 MB in all
+def _poisson_tables(peak: int) -> tuple[np.ndarray, np.ndarray]:
+    """By level: P(count <= k) for every k, and the smallest count that a draw in each bucket can give."""
+    means = np.arange(256)[:, None] * (peak / 255)
+    counts = np.arange(int(peak + 7 * math.sqrt(peak) + 20))  # beyond: less than 2^-24
+    cdf = pdtr(counts, means).astype(np.float32)
+    cdf[:, -1] = 1
+    buckets = np.arange(_NUM_BUCKETS) / _NUM_BUCKETS
+    starts = np.stack([np.searchsorted(row, buckets, side="right") for row in cdf])
+    return cdf, starts.astype(np.int16)
+
+
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """Write and read back as a baseline JPEG (libjpeg, 4:2:0), quality 1 to 100.
+
+    Real-ESRGAN uses a differentiable stand-in, which skips the rounding to 8 bits on both sides. Here no
+    gradient is needed, and the real codec is what pictures have gone through.
+    """
+    bgr = cv2.cvtColor(u8_from_unit(image), cv2.COLOR_RGB2BGR)
+    _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert decoded is not None  # our own bytes
+    return unit_from_u8(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB))
+
+
+def unit_from_u8(image_u8: np.ndarray) -> np.ndarray:
+    """uint8 in 0..255 to float32 in [0, 1], same layout."""
+    return image_u8.astype(np.float32) / np.float32(255)
+
+
+def u8_from_unit(image: np.ndarray) -> np.ndarray:
+    """Floats, clipped to [0, 1], to uint8 in 0..255, rounded to the nearest level, same layout."""
+    return np.asarray(np.rint(_clip(image) * 255), dtype=np.uint8)
+
+
+def _clip(image: np.ndarray) -> np.ndarray:
+    return np.asarray(np.clip(image, 0, 1))

@@ -1,0 +1,21 @@
+"""Errors that a user can mend. The command line prints their text alone and exits with status 2."""
+
+
+class UserError(Exception):
+    """Base class: the message names the thing, the value received, what is allowed and what to do next."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration value or key is not allowed."""
+
+
+class DataError(UserError):
+    """An image or the storage that holds it cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, incomplete, damaged or of another shape."""
+
+
+class TrackingError(UserError):
+    """The tracking server or the model registry cannot be used."""

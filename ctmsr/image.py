@@ -1,0 +1,149 @@
+"""Decode and crop images; the only place where pixel ranges and layouts convert.
+
+`*_u8` arrays are uint8, HWC, RGB, 0..255. Tensors are float32, NCHW, [-1, 1]; the two are related by
+x = u8 / 127.5 - 1.
+"""
+
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import DataError
+
+MAX_PIXELS = 89_478_485
+"""Largest picture decoded: Pillow's own threshold for a suspected decompression bomb (256 MiB of RGB)."""
+
+# Named so that Pillow never hands an upload to an interpreter (EPS, PDF) or an exotic parser.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+
+
+def decode(data: bytes, *, name: str) -> np.ndarray:
+    """Pixels of an encoded picture as any viewer shows it, in 8-bit RGB.
+
+    EXIF orientation is applied, 16 bits are scaled to 8, and of an animation the first frame is taken.
+    Transparency is composited over white, not dropped: what lies under transparent pixels is left over from
+    editing and never meant to be seen. Colour profiles are ignored; pixels are taken as sRGB.
+
+    Args:
+        data: A whole JPEG, PNG, WebP, TIFF, BMP, GIF or PPM file.
+        name: Key, path or URI of the picture, for the error message.
+
+    Returns:
+        uint8 of shape (height, width, 3), writable.
+
+    Raises:
+        DataError: The bytes are empty, damaged, truncated or no such picture; there are more than
+            `MAX_PIXELS` pixels; or the pixels have no fixed white level (32-bit integer, float).
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS}. "
+                    "Downscale it, cut it up, or leave it out."
+                )
+            return _rgb_u8(ImageOps.exif_transpose(image), name)
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as error:  # on damaged bytes Pillow's readers raise anything from OSError to struct.error
+        raise DataError(
+            f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {error}). "
+            f"It must be a complete file of one of {', '.join(_FORMATS)}. Replace it or leave it out."
+        ) from error
+
+
+def _rgb_u8(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255 instead of scaling
+        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{name} has pixels of Pillow mode {image.mode!r}, which have no fixed white level. "
+            "Convert it to 8 or 16 bits a channel, or leave it out."
+        )
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def encode_png(image_u8: np.ndarray) -> bytes:
+    """Lossless PNG file of a uint8 HWC RGB array."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_u8).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_tensor(images_u8: np.ndarray | Tensor) -> Tensor:
+    """NHWC uint8 in 0..255 to a new NCHW float32 in [-1, 1], on the device of the input."""
+    # torch.tensor copies: arrays that arrive through shared memory are read-only.
+    nhwc = images_u8 if isinstance(images_u8, Tensor) else torch.tensor(images_u8)
+    return nhwc.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
+def to_u8(images: Tensor) -> np.ndarray:
+    """NCHW floats, clamped to [-1, 1], to NHWC uint8 in 0..255, rounded to the nearest level."""
+    levels = images.detach().float().add(1).mul(127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def random_crop(hr_u8: np.ndarray, size: int, rng: np.random.Generator, *, name: str) -> np.ndarray:
+    """Square crop at a uniformly random place, as a view where no padding is needed.
+
+    A side shorter than `size` is first extended at its end by mirroring once, the edge row not repeated.
+
+    Args:
+        hr_u8: uint8 of shape (height, width, 3).
+        size: Side of the crop in pixels.
+        rng: Source of the position.
+        name: Identity of the picture, for the error message.
+
+    Returns:
+        uint8 of shape (size, size, 3).
+
+    Raises:
+        DataError: A side is shorter than size // 2 + 1, so one mirroring cannot fill the crop.
+    """
+    hr_u8 = _reflect_to(hr_u8, size, name)
+    top, left = (int(rng.integers(side - size + 1)) for side in hr_u8.shape[:2])
+    return hr_u8[top : top + size, left : left + size]
+
+
+def center_crop(hr_u8: np.ndarray, size: int, *, name: str) -> np.ndarray:
+    """As `random_crop`, but from the middle."""
+    hr_u8 = _reflect_to(hr_u8, size, name)
+    top, left = ((side - size) // 2 for side in hr_u8.shape[:2])
+    return hr_u8[top : top + size, left : left + size]
+
+
+def _reflect_to(hr_u8: np.ndarray, size: int, name: str) -> np.ndarray:
+    height, width = hr_u8.shape[:2]
+    if min(height, width) < size // 2 + 1:
+        raise DataError(
+            f"{name} is {width}x{height} pixels, too small for a crop of {size}: each side must be at least "
+            f"{size // 2 + 1}. Leave the picture out or lower the crop size."
+        )
+    if min(height, width) >= size:
+        return hr_u8
+    return np.pad(hr_u8, ((0, max(0, size - height)), (0, max(0, size - width)), (0, 0)), mode="reflect")
+
+
+def upsample(lq: Tensor, scale: int) -> Tensor:
+    """`lq_up`: bicubic enlargement of `lq`, on the 8-bit grid like the picture files it stands for.
+
+    Args:
+        lq: NCHW floats in [-1, 1].
+        scale: HR/LQ ratio.
+
+    Returns:
+        float32 of shape (N, C, scale * H, scale * W) in [-1, 1]: a = -0.75, pixel centres aligned, rounded to
+        multiples of 1/127.5.
+    """
+    lq_up = F.interpolate(lq.float(), scale_factor=scale, mode="bicubic", align_corners=False)
+    return lq_up.add(1).mul(127.5).round().clamp(0, 255).div(127.5).sub(1)

@@ -1,0 +1,124 @@
+"""All that changes while training, and its way into a checkpoint and back."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .config import check
+from .network import ConsistencyModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation. Defaults are the published run's: AdamW, halved once, no warm-up; 500 000 CT, 2 000 DTM."""
+
+    ct_steps: int = 500_000
+    """Optimizer updates of the first phase, consistency training."""
+    dtm_steps: int = 2_000
+    """Optimizer updates of the second phase, CT + DTM."""
+    lr: float = 5e-5
+    """Learning rate of AdamW."""
+    lr_halve_at: int = 50_000
+    """Global step from which the learning rate is halved."""
+    betas: tuple[float, float] = (0.9, 0.9)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    ema_decay: float = 0.999
+    """Decay of the averaged weights, which are evaluated and released."""
+    dtm_refresh_steps: int = 1_000
+    """The frozen copy that DTM compares with is renewed this often, in steps."""
+
+    def __post_init__(self) -> None:
+        check(self.ct_steps >= 1, f"optim.ct_steps must be at least 1, got {self.ct_steps}.")
+        check(self.dtm_steps >= 0, f"optim.dtm_steps must be at least 0, got {self.dtm_steps}.")
+        check(0 < self.lr <= 1, f"optim.lr must be in (0, 1], got {self.lr}.")
+        check(self.lr_halve_at >= 1, f"optim.lr_halve_at must be at least 1, got {self.lr_halve_at}.")
+        check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}.")
+        check(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, got {self.weight_decay}.")
+        check(0 <= self.ema_decay < 1, f"optim.ema_decay must be in [0, 1), got {self.ema_decay}.")
+        check(
+            self.dtm_refresh_steps >= 1,
+            f"optim.dtm_refresh_steps must be at least 1, got {self.dtm_refresh_steps}.",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of both phases."""
+        return self.ct_steps + self.dtm_steps
+
+
+@dataclass
+class TrainState:
+    """All that changes while training."""
+
+    model: ConsistencyModel
+    parallel: nn.Module
+    """`model` itself, or the DistributedDataParallel around it."""
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel
+    dtm_model: ConsistencyModel | None = None
+    """The frozen copy g of the second phase."""
+    global_step: int = 0
+    """Optimizer updates done."""
+
+    @property
+    def ema_model(self) -> ConsistencyModel:
+        """The averaged weights as a model."""
+        return cast(ConsistencyModel, self.ema.module)
+
+    def refresh_dtm_model(self) -> None:
+        """Makes `dtm_model` a frozen copy of the present weights, without dropout."""
+        self.dtm_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+
+def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module | None = None) -> TrainState:
+    """A TrainState at step 0; `parallel` is the DDP wrapper of `model`, if there is one."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
+    return TrainState(model, parallel or model, optimizer, ema)
+
+
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Everything of `state` but the EMA weights, as flat tensors: what `checkpoint.save` takes as train_state."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors["ema.n_averaged"] = state.ema.n_averaged
+    if state.dtm_model is not None:
+        tensors |= {f"dtm.{name}": value for name, value in state.dtm_model.state_dict().items()}
+    for index, moments in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    return tensors | {"global_step": torch.tensor(state.global_step)}
+
+
+def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:
+    """The reverse of `state_tensors`, in place.
+
+    Args:
+        state: Freshly built, with the same network.
+        ema: The checkpoint's model.
+        tensors: From `state_tensors`.
+    """
+    state.model.load_state_dict(_section(tensors, "model."))
+    state.ema_model.load_state_dict(ema.state_dict())
+    state.ema.n_averaged.copy_(tensors["ema.n_averaged"])
+    if frozen := _section(tensors, "dtm."):
+        state.refresh_dtm_model()
+        assert state.dtm_model is not None
+        state.dtm_model.load_state_dict(frozen)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in _section(tensors, "optimizer.").items():
+        index, moment = name.split(".")
+        moments.setdefault(int(index), {})[moment] = value
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": moments})
+    state.global_step = int(tensors["global_step"])
+
+
+def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,1 @@
+"""Ray, storage and MLflow around the method: one file per workload."""

@@ -1,0 +1,123 @@
+"""The architecture as the import statements tell it: `cluster -> pipelines -> ctmsr`, one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"cluster", "pipelines", "ctmsr"}
+INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of what a file imports, in functions too: `from .image import x` is `ctmsr.image`."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            # `from ctmsr import network` names a module, `from ctmsr.network import X` does not.
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base in PACKAGES else {base}
+    return found
+
+
+def top_level(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def siblings(path: Path) -> set[str]:
+    """Stems of the modules of the same package that a file imports."""
+    prefix = path.parent.name + "."
+    return {name.removeprefix(prefix).split(".")[0] for name in imports(path) if name.startswith(prefix)}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_parser_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "ctmsr" / "sample.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import os.path, ray\nfrom .image import decode\nfrom . import rng\n"
+        "def f():\n    from pipelines import data\n    from torch.nn import functional\n"
+    )
+    assert imports(path) == {"os.path", "ray", "ctmsr.image", "ctmsr.rng", "pipelines.data", "torch.nn"}
+    assert siblings(path) == {"image", "rng"}
+
+
+@pytest.mark.parametrize("path", modules("ctmsr"), ids=relative)
+def test_ctmsr_knows_nothing_around_it(path: Path) -> None:
+    assert not top_level(path) & (INFRASTRUCTURE | {"pipelines", "cluster", "tests"})
+
+
+@pytest.mark.parametrize("path", modules("pipelines"), ids=relative)
+def test_pipelines_know_neither_the_cluster_nor_the_tests(path: Path) -> None:
+    assert not top_level(path) & {"cluster", "tests"}
+
+
+@pytest.mark.parametrize("path", modules("ctmsr"), ids=relative)
+def test_ctmsr_imports_its_own_modules_relatively(path: Path) -> None:
+    """A registered model carries the package under another name, where `import ctmsr` finds nothing."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] == "ctmsr" for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            assert (node.module or "").split(".")[0] != "ctmsr"
+
+
+def test_the_lowest_modules_import_no_sibling_and_the_highest_is_imported_by_none() -> None:
+    for stem in ("config", "rng", "image"):
+        assert siblings(ROOT / "ctmsr" / f"{stem}.py") <= {"errors"}
+    for path in modules("ctmsr"):
+        assert "train_step" not in siblings(path), path
+
+
+def test_only_tracking_and_release_import_mlflow() -> None:
+    importers = {path.stem for path in modules("pipelines") if "mlflow" in top_level(path)}
+    assert importers <= {"tracking", "register", "registered_model", "upscale"}
+
+
+def test_a_registered_model_needs_few_packages() -> None:
+    """What `inference` and `checkpoint` reach is shipped with the model, to where this repository is not."""
+    reached: set[str] = set()
+    pending = {"inference", "checkpoint"}
+    while pending:
+        reached |= pending
+        pending = {name for stem in pending for name in siblings(ROOT / "ctmsr" / f"{stem}.py")} - reached
+    allowed = sys.stdlib_module_names | {"numpy", "torch", "safetensors", "PIL", "ctmsr"}
+    for stem in reached:
+        assert top_level(ROOT / "ctmsr" / f"{stem}.py") <= allowed, stem
+
+
+IMPORT_EVERYTHING = """
+import importlib, os, sys
+import cv2, numpy, torch  # first, because cv2 extends LD_LIBRARY_PATH
+before = dict(os.environ), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert before == (dict(os.environ), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist())
+print(*(name for name in sys.modules if "." not in name))
+"""
+
+
+def test_importing_ctmsr_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("ctmsr")]
+    command = [sys.executable, "-c", IMPORT_EVERYTHING, *names]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert not set(done.stdout.split()) & (INFRASTRUCTURE | {"lpips", "torchvision", "pipelines"})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,51 @@
+"""The Ray cluster that a command runs on: the one RAY_ADDRESS names, else a private one on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from .storage import STORAGE_ENV
+
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray warns at every further worker process past this number, though a search needs dozens of idle ones.
+    "RAY_worker_maximum_startup_concurrency": "64",
+    # Ray Train's `report` waits for its controller's next poll: 2 s apart by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+
+_LEAST_CPUS = 4
+"""What a private cluster claims to have: on two cores, workers and data tasks must share them to get going."""
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connects for the length of a `with` block; a cluster that is already connected is used and left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    # Ray turns token authentication on by itself; that it warns of this is no news to the user.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    ray.init(
+        address=address,
+        num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1) if address == "local" else None,
+        include_dashboard=True if address == "local" else None,  # Tune over Train needs it
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        logging_config=ray.LoggingConfig(log_level="WARNING"),
+        runtime_env={"env_vars": STORAGE_ENV},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,141 @@
+"""RunConfig: every setting of a run in one place, and the checks that span its parts."""
+
+from dataclasses import dataclass, field
+
+from ctmsr.config import check
+from ctmsr.degradation import DegradationConfig
+from ctmsr.losses import LossConfig, dtm_range
+from ctmsr.network import NetworkConfig
+from ctmsr.schedule import ScheduleConfig
+from ctmsr.train_state import OptimConfig
+from ctmsr.train_step import Recipe
+
+from .data import DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a run spreads over the cluster, and how often it reports."""
+
+    global_batch_size: int = 32
+    """Images an update, over all workers."""
+    num_workers: int = 4
+    """Ray Train workers: processes that hold the network."""
+    use_gpu: bool = True
+    """One GPU a worker; false trains on CPUs."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray sets aside a worker. What is left makes the data: keep at least one CPU free of workers."""
+    log_every_steps: int = 50
+    """Steps between two progress lines and two points in MLflow."""
+    checkpoint_every_steps: int = 5_000
+    """Steps between two checkpoints, each with an evaluation of the EMA weights on data.val_uri."""
+    num_checkpoints_kept: int = 3
+    """Newest checkpoints that stay in storage."""
+    max_failures: int = 3
+    """Worker failures that Ray Train mends by restarting from the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "global_batch_size",
+            "num_workers",
+            "log_every_steps",
+            "checkpoint_every_steps",
+            "num_checkpoints_kept",
+        ):
+            check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        check(self.cpus_per_worker > 0, f"train.cpus_per_worker must be above 0, got {self.cpus_per_worker}.")
+        check(self.max_failures >= 0, f"train.max_failures must be at least 0, got {self.max_failures}.")
+        check(
+            self.global_batch_size % self.num_workers == 0,
+            f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.num_workers "
+            f"({self.num_workers}): every worker takes an equal part.",
+        )
+
+    @property
+    def per_worker_batch_size(self) -> int:
+        """Images an update on one worker."""
+        return self.global_batch_size // self.num_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The search over noise schedules: its space, as ranges and choices, and its budget."""
+
+    num_trials: int = 12
+    """Schedules to try; the first is always the run's own, so that a search shows what it gained."""
+    max_concurrent: int = 2
+    """Trials at a time; each takes train.num_workers workers."""
+    ct_steps: int = 5_000
+    """CT updates of a trial."""
+    dtm_steps: int = 200
+    """DTM updates of a trial."""
+    sigma_max: tuple[float, float] = (0.4, 1.6)
+    """Range of schedule.sigma_max."""
+    noise_rho: tuple[float, float] = (0.5, 3.0)
+    """Range of schedule.noise_rho."""
+    res_rho: tuple[float, float] = (0.5, 3.0)
+    """Range of schedule.res_rho."""
+    s0: tuple[int, ...] = (3, 4, 5, 6)
+    """Choices of schedule.s0."""
+    s1: tuple[int, ...] = (3, 4)
+    """Choices of schedule.s1."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_trials", "max_concurrent", "ct_steps"):
+            check(getattr(self, name) >= 1, f"tune.{name} must be at least 1, got {getattr(self, name)}.")
+        check(self.dtm_steps >= 0, f"tune.dtm_steps must be at least 0, got {self.dtm_steps}.")
+        for name in ("sigma_max", "noise_rho", "res_rho"):
+            low, high = getattr(self, name)
+            check(low < high, f"tune.{name} must be a rising range (low, high), got ({low}, {high}).")
+        for name in ("s0", "s1"):
+            check(bool(getattr(self, name)), f"tune.{name} must hold at least one choice.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run, whole. Presets return one; `--config`, `--set` and a Tune trial rebuild one."""
+
+    name: str = "ctmsr"
+    """Name of the run: its folder under storage_uri, and its name in MLflow."""
+    seed: int = 0
+    """Seed of weights, noise, order, crops and degradation."""
+    storage_uri: str = "runs"
+    """Folder for checkpoints: a local path, s3://bucket/folder or gs://bucket/folder."""
+    tracking_uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow: a sqlite file, or the address of a server such as http://mlflow:5000."""
+    experiment: str = "ctmsr"
+    """MLflow experiment that the runs appear in."""
+    model_name: str = "ctmsr-x4"
+    """Name in the MLflow model registry."""
+    data: DataConfig = field(default_factory=DataConfig)
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+
+    def __post_init__(self) -> None:
+        allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+        check(
+            bool(self.name) and set(self.name) <= allowed,
+            f"name must be letters, digits, '-', '_' or '.', got {self.name!r}: it names a folder.",
+        )
+        check(
+            self.data.eval_crop_size % self.network.scale == 0,
+            f"data.eval_crop_size ({self.data.eval_crop_size}) must be a multiple of network.scale "
+            f"({self.network.scale}).",
+        )
+        if self.optim.dtm_steps:
+            dtm_range(self.loss, self.schedule.s1)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The part that the training step needs."""
+        return Recipe(seed=self.seed, optim=self.optim, schedule=self.schedule, loss=self.loss)
+
+    @property
+    def run_uri(self) -> str:
+        """Where the run's checkpoints are."""
+        return f"{self.storage_uri.rstrip('/')}/{self.name}"

@@ -1,0 +1,205 @@
+"""The whole system on real photographs, on this machine: `make demo`.
+
+Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only calls
+the other pipelines: tune, train, evaluate, register and, in a new process, upscale.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import boto3
+import cv2
+import numpy as np
+
+from ctmsr.config import from_dict, override, to_dict
+from ctmsr.degradation import degrade
+from ctmsr.image import center_crop, decode, encode_png, to_tensor, to_u8, upsample
+from ctmsr.rng import sample_rng
+
+from .cluster import ray_cluster
+from .command import run
+from .config import RunConfig
+from .evaluate import evaluate, table, write_report
+from .presets import PRESETS
+from .progress import progress_line
+from .register import CHAMPION, register
+from .storage import download_folder, list_images
+from .train import check_inputs, train
+from .tune import check_space, search
+from .tune import table as trial_table
+
+BUCKET = "ctmsr-demo"
+PHOTOS = {  # motorcycle_left and _right show one scene, so they stay together
+    "train": (
+        "astronaut.png",
+        "coffee.png",
+        "hubble_deep_field.jpg",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+    ),
+    "val": ("rocket.jpg",),
+    "test": ("chelsea.png", "china.jpg", "flower.jpg"),
+}
+SHOWN = "chelsea.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.demo", description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="emptied first; default %(default)s"
+    )
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    shutil.rmtree(arguments.output, ignore_errors=True)
+    config = demo_config(arguments.output, arguments.overrides)
+    check_space(config)
+    with s3_server():
+        upload_photos()
+        picture = run_pipelines(config, arguments.output)
+    print(f"\npicture    {picture}  (LR | bicubic | ours | HR)")
+    print(f"took       {time.monotonic() - started:.0f} s")
+    print_next(config, arguments.output)
+    return 0
+
+
+def demo_config(output: Path, overrides: list[str]) -> RunConfig:
+    """The `small` preset on the demo's bucket."""
+    places = {
+        "name": "demo",
+        "storage_uri": f"s3://{BUCKET}/runs",
+        "tracking_uri": f"sqlite:///{output}/mlflow.db",
+        **{f"data.{part}_uri": f"s3://{BUCKET}/photos/{part}" for part in PHOTOS},
+    }
+    assignments = [f"{key}={value}" for key, value in places.items()]
+    return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*assignments, *overrides]))
+
+
+def run_pipelines(config: RunConfig, output: Path) -> Path:
+    """tune -> train -> evaluate -> register -> upscale; returns the comparison picture."""
+    inputs = check_inputs(config)
+    test_refs = list_images(config.data.test_uri)
+    with ray_cluster():
+        announce("tune", f"{config.tune.num_trials} noise schedules, {config.tune.ct_steps} steps each")
+        with progress_line() as progress:
+            found = search(config, inputs, progress)
+        print(trial_table(found.trials))
+
+        announce("train", f"the best schedule, {config.train.num_workers} workers: CT, then DTM")
+        with progress_line() as progress:
+            outcome = train(found.config, inputs, progress)
+
+        announce("evaluate", "three photographs that nothing was trained on or chosen by")
+        evaluation = evaluate(found.config, outcome.checkpoint_uri, test_refs)
+        write_report(found.config, outcome.checkpoint_uri, evaluation)
+
+    announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
+    with tempfile.TemporaryDirectory() as scratch:
+        download_folder(outcome.checkpoint_uri, Path(scratch))
+        register(
+            Path(scratch),
+            tracking_uri=inputs.tracking_uri,
+            model_name=config.model_name,
+            run_id=outcome.run_id,
+            metrics=evaluation.means,
+            tags={"data.test_uri": config.data.test_uri},
+        )
+
+    announce("upscale", "a new process pulls the champion from MLflow")
+    picture = upscale_in_new_process(config, output)
+    print(f"\n{table(evaluation)}")
+    return picture
+
+
+def upscale_in_new_process(config: RunConfig, output: Path) -> Path:
+    """Degrades a held-out photograph, has the champion upscale it, and shows both beside bicubic and HR."""
+    scale, size = config.network.scale, config.data.eval_crop_size
+    hr_u8 = center_crop(decode(_photo(SHOWN), name=SHOWN), size, name=SHOWN)
+    lq_u8 = degrade(hr_u8, scale=scale, config=config.degradation, rng=sample_rng(0, 0, SHOWN, "demo"))
+    lq_file = output / "lq.png"
+    lq_file.write_bytes(encode_png(lq_u8))
+    command = ["-m", "pipelines.upscale", str(lq_file), "--output", str(output)]
+    subprocess.run([sys.executable, *command, "--tracking-uri", config.tracking_uri], check=True)
+    sr_u8 = decode((output / f"lq_x{scale}.png").read_bytes(), name="the champion's picture")
+    bicubic_u8 = to_u8(upsample(to_tensor(lq_u8[None]), scale))[0]
+    blocky = cv2.resize(lq_u8, (size, size), interpolation=cv2.INTER_NEAREST)
+    picture = output / "comparison.png"
+    picture.write_bytes(encode_png(np.hstack([blocky, bicubic_u8, sr_u8, hr_u8])))
+    return picture
+
+
+def upload_photos() -> None:
+    """Makes the bucket and puts the photographs in it, by part."""
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET)
+    for part, names in PHOTOS.items():
+        for name in names:
+            client.put_object(Bucket=BUCKET, Key=f"photos/{part}/{name}", Body=_photo(name))
+    held_out = len(PHOTOS["val"]) + len(PHOTOS["test"])
+    print(
+        f"uploaded {len(PHOTOS['train'])} photographs to train on and {held_out} held out to s3://{BUCKET}/photos"
+    )
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """An S3 server on loopback, in memory; the standard AWS variables point to it."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "demo",
+        "AWS_SECRET_ACCESS_KEY": "demo",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def announce(command: str, what: str) -> None:
+    """A heading with the pipeline that comes next."""
+    print(f"\npython -m pipelines.{command}: {what}", flush=True)
+
+
+def print_next(config: RunConfig, output: Path) -> None:
+    """The commands to try next."""
+    print(f"""
+next, with your own pictures:
+  .venv/bin/python -m pipelines.upscale PHOTO --output upscaled --tracking-uri {config.tracking_uri}
+  .venv/bin/python -m pipelines.train --set name=mine --set data.train_uri=FOLDER --set data.val_uri=FOLDER
+  .venv/bin/mlflow ui --backend-store-uri {config.tracking_uri}""")
+
+
+def _photo(name: str) -> bytes:
+    for package, folder in (("skimage.data", "."), ("sklearn.datasets", "images")):
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        path = Path(spec.origin).parent / folder / name
+        if path.is_file():
+            return path.read_bytes()
+    raise FileNotFoundError(name)
+
+
+if __name__ == "__main__":
+    run(main)

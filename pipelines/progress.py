@@ -1,0 +1,70 @@
+"""One line that says how a run goes, from rank 0 of the workers to the terminal of whoever started it."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray.util.queue import Empty, Queue
+
+_PLAIN_INTERVAL_S = 10
+"""Between two lines where the output is a file, in which a line cannot be rewritten."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    name: str
+    phase: str
+    step: int
+    total_steps: int
+    loss: float
+    images_per_s: float
+    """Over all workers."""
+    data_wait: float
+    """Share of the time that the trainer waited for data, 0 to 1."""
+    eta_s: float
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(round(self.eta_s), 60)
+        hours, minutes = divmod(minutes, 60)
+        return (
+            f"{self.name}  {self.phase} step {self.step}/{self.total_steps}  loss {self.loss:.3f}  "
+            f"{self.images_per_s:.1f} images/s  data wait {self.data_wait:.0%}  "
+            f"ETA {hours:d}:{minutes:02d}:{seconds:02d}"
+        )
+
+
+@contextmanager
+def progress_line() -> Iterator[Queue]:
+    """A queue for Progress objects, whose newest is shown while the `with` block runs."""
+    queue = Queue(actor_options={"num_cpus": 0})
+    done = threading.Event()
+    printer = threading.Thread(target=_show, args=(queue, done), daemon=True)
+    printer.start()
+    try:
+        yield queue
+    finally:
+        done.set()
+        printer.join()
+        queue.shutdown(force=True)
+
+
+def _show(queue: Queue, done: threading.Event) -> None:
+    rewrite, shown_at, shown = sys.stdout.isatty(), 0.0, False
+    while not done.is_set():
+        try:
+            progress = queue.get(timeout=0.5)
+        except Empty:
+            continue
+        if rewrite:
+            print(f"\r\033[K{progress}", end="", flush=True)
+            shown = True
+        elif time.monotonic() - shown_at > _PLAIN_INTERVAL_S or progress.step == progress.total_steps:
+            print(progress, flush=True)
+            shown_at = time.monotonic()
+    if shown:
+        print()

@@ -1,0 +1,234 @@
+"""Files and folders by URI: s3://, gs://, file:// and local paths, with errors a user can act on.
+
+Credentials and endpoints come from the standard variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ctmsr.errors import DataError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+STORAGE_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+"""What every process that writes to S3 needs: the SDK's newer checksums make other stores answer HTTP 411.
+
+`open_uri` sets it where it is called. A process that unpickles a file system instead, such as a Ray Train
+worker, must find it in its environment: `ray.init(runtime_env={"env_vars": STORAGE_ENV})`.
+"""
+
+# Seconds. An attempt that gets no byte at all takes the sum, so three attempts stay below 15 s.
+_CONNECT_TIMEOUT_S = 3
+_SILENCE_TIMEOUT_S = 4
+_ATTEMPTS_TO_PROBE = 3
+_ATTEMPTS_TO_TRANSFER = 6
+
+# What the clients write into an error, and what it means. Searched in this order.
+_CAUSES = (
+    (
+        ("AWS Error NO_SUCH_BUCKET", "bucket does not exist"),
+        "its bucket does not exist. Check the name and AWS_ENDPOINT_URL, or create the bucket",
+    ),
+    (
+        (
+            "AWS Error ACCESS_DENIED",
+            "AWS Error INVALID_ACCESS_KEY_ID",
+            "AWS Error SIGNATURE_DOES_NOT_MATCH",
+            "ExpiredToken",
+            "HTTP status 401",
+            "HTTP status 403",
+            "PERMISSION_DENIED",
+            "UNAUTHENTICATED",
+            "OAuth2",
+            "Permission denied",
+        ),
+        "access is refused. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (gs://: "
+        "GOOGLE_APPLICATION_CREDENTIALS; local: the file mode), and that they may be used there",
+    ),
+    (
+        ("AWS Error NETWORK_CONNECTION", "AWS Error REQUEST_TIMEOUT", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+        "the store cannot be reached. Check AWS_ENDPOINT_URL and the network",
+    ),
+    (
+        ("AWS Error RESOURCE_NOT_FOUND",),
+        "there is no such place, or what answers is not an S3 store. Check the URI and AWS_ENDPOINT_URL",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One picture in storage."""
+
+    key: str
+    """Path below the listed URI: the picture's identity, whatever the store."""
+    path: str
+    """Path within its file system, for `read_bytes`."""
+    size: int
+    """Bytes."""
+
+
+def open_uri(uri: str, *, attempts: int = _ATTEMPTS_TO_TRANSFER) -> tuple[fs.FileSystem, str]:
+    """The file system of a URI, and the path of the URI within it. Contacts no server.
+
+    Args:
+        uri: s3://bucket/path, gs://bucket/path, file:///path, or a local path, which may be relative.
+        attempts: Requests to S3 before an error counts.
+
+    Raises:
+        DataError: The URI or AWS_ENDPOINT_URL has no usable form.
+    """
+    scheme, separator, path = uri.partition("://")
+    if not separator and uri:
+        return fs.LocalFileSystem(), os.path.abspath(uri)
+    if scheme == "file" and path.startswith("/"):
+        return fs.LocalFileSystem(), os.path.abspath(unquote(path))
+    path = path.strip("/")
+    if scheme == "s3" and path:
+        return _s3(attempts), path
+    if scheme == "gs" and path:
+        return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=10)), path
+    raise DataError(f"{uri!r} is no place for data: use s3://bucket/path, gs://bucket/path or a local path.")
+
+
+def list_images(uri: str) -> tuple[ImageRef, ...]:
+    """Every picture below a folder, or the one picture that the URI names, sorted by key.
+
+    Raises:
+        DataError: There is none; the folder or bucket does not exist; access is refused; or the store has not
+            answered within about 15 seconds.
+    """
+    file_system, root = open_uri(uri, attempts=_ATTEMPTS_TO_PROBE)
+    with _explained(uri):
+        infos = _list_files(file_system, root)
+        if not infos:
+            place = file_system.get_file_info(root)
+            if place.type == fs.FileType.NotFound and isinstance(file_system, fs.LocalFileSystem):
+                raise FileNotFoundError(root)
+            infos = [place] if place.type == fs.FileType.File else []
+    refs = tuple(
+        ImageRef(info.path.removeprefix(root).lstrip("/") or info.base_name, info.path, info.size)
+        for info in sorted(infos, key=lambda info: info.path)
+        if info.path.lower().endswith(IMAGE_SUFFIXES)
+    )
+    if not refs:
+        raise DataError(
+            f"no image under {uri} ({len(infos)} other files). Allowed suffixes: "
+            f"{', '.join(IMAGE_SUFFIXES)}. Check the path, or upload pictures there."
+        )
+    return refs
+
+
+def read_bytes(file_system: fs.FileSystem, path: str) -> bytes:
+    """A whole file.
+
+    Raises:
+        DataError: It does not exist or cannot be read.
+    """
+    with _explained(path), file_system.open_input_file(path) as file:
+        return file.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes a whole file, making folders as needed; readers see the old content or the new, no part.
+
+    Raises:
+        DataError: The place is refused or cannot be reached.
+    """
+    file_system, path = open_uri(uri)
+    with _explained(uri):
+        if not isinstance(file_system, fs.LocalFileSystem):
+            with file_system.open_output_stream(path) as file:
+                file.write(data)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            beside.write_bytes(data)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def download_folder(uri: str, dest: Path) -> None:
+    """Copies a folder with all it holds to the local folder `dest`, which is made.
+
+    Raises:
+        DataError: The folder does not exist or cannot be read.
+    """
+    file_system, root = open_uri(uri)
+    dest.mkdir(parents=True, exist_ok=True)
+    with _explained(uri):
+        fs.copy_files(root, str(dest), file_system, fs.LocalFileSystem())
+
+
+def newest_checkpoint(run_uri: str) -> str | None:
+    """URI of the last complete `checkpoint_*` folder of a run; None if there is none yet.
+
+    Complete means that checkpoint.json is there, and every file it names, in full size. Ray Train uploads the
+    files of a checkpoint in no particular order, so an upload cut short is skipped here.
+
+    Raises:
+        DataError: The store refuses or does not answer.
+    """
+    file_system, root = open_uri(run_uri, attempts=_ATTEMPTS_TO_PROBE)
+    with _explained(run_uri):
+        sizes = {PurePosixPath(info.path): info.size for info in _list_files(file_system, root)}
+    for manifest in sorted(sizes, reverse=True):
+        folder = manifest.parent
+        if manifest.name != "checkpoint.json" or not folder.name.startswith("checkpoint_"):
+            continue
+        files = json.loads(read_bytes(file_system, str(manifest)))["files"]
+        if all(sizes.get(folder / name) == entry["bytes"] for name, entry in files.items()):
+            return f"{run_uri.rstrip('/')}/{folder.name}"
+    return None
+
+
+def _s3(attempts: int) -> fs.S3FileSystem:
+    for name, value in STORAGE_ENV.items():
+        os.environ.setdefault(name, value)
+    # The constructor does not read AWS_ENDPOINT_URL.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://"
+    scheme, separator, host = endpoint.partition("://")
+    if scheme not in ("http", "https") or not separator:
+        raise DataError(f"AWS_ENDPOINT_URL must be like http://host:9000 or https://host, got {endpoint!r}.")
+    return fs.S3FileSystem(
+        scheme=scheme,
+        endpoint_override=host.rstrip("/") or None,
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        request_timeout=_SILENCE_TIMEOUT_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+    )
+
+
+def _list_files(file_system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
+    """Files below `root`, at any depth; none if there is no such folder."""
+    try:
+        infos = file_system.get_file_info(fs.FileSelector(root, recursive=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [info for info in infos if info.type == fs.FileType.File]
+
+
+@contextmanager
+def _explained(place: str) -> Iterator[None]:
+    """Turns what the file systems raise into a DataError that says what to do about `place`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{place} does not exist. Check the path.") from error
+    except (OSError, pa.ArrowInvalid) as error:
+        text = " ".join(str(error).split())
+        cause = next((cause for marks, cause in _CAUSES if any(mark in text for mark in marks)), "it failed")
+        raise DataError(f"cannot use {place}: {cause}. The client said: {text[:300]}") from error

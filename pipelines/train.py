@@ -1,0 +1,365 @@
+"""Train a model, CT then DTM, on Ray Train workers: `python -m pipelines.train --help`."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from ctmsr import checkpoint
+from ctmsr.config import flatten, from_dict, to_dict
+from ctmsr.errors import ConfigError, UserError
+from ctmsr.network import ConsistencyModel
+from ctmsr.perceptual import load_lpips
+from ctmsr.rng import sample_seed
+from ctmsr.train_state import TrainState, build_state, restore_state, state_tensors
+from ctmsr.train_step import Batch, train_step
+
+from .cli import config_parser, print_config, resolve
+from .cluster import ray_cluster
+from .command import run
+from .config import RunConfig
+from .data import check_images, execution_options, train_stream, val_samples
+from .evaluate import score
+from .progress import Progress, progress_line
+from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes
+from .tracking import MetricLogger, ensure_experiment, preflight, tracked_run
+
+EXAMPLES = """\
+  a small model from a folder of photos, on this machine:
+    python -m pipelines.train --set name=first --set data.train_uri=photos/train --set data.val_uri=photos/val
+  the published run, from a bucket, on the cluster of RAY_ADDRESS:
+    python -m pipelines.train --preset published --set storage_uri=s3://bucket/runs \\
+        --set data.train_uri=s3://bucket/train --set data.val_uri=s3://bucket/val --tracking-uri http://mlflow:5000
+
+The same command again continues a run that stopped."""
+
+FREE_TO_CHANGE = ("train.", "tune.", "storage_uri", "tracking_uri", "experiment", "model_name", "data.")
+"""Keys that may differ when a run continues: they do not change what is computed."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found before anything expensive started."""
+
+    train_refs: tuple[ImageRef, ...]
+    val_refs: tuple[ImageRef, ...]
+    tracking_uri: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    checkpoint_uri: str
+    metrics: dict[str, float]
+    """Of the EMA weights on data.val_uri."""
+    run_id: str
+    """In MLflow."""
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Everything that can be wrong with a run's surroundings, found within seconds and without Ray.
+
+    Raises:
+        UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
+    """
+    refs = {}
+    sizes = {config.data.train_uri: config.network.hr_size, config.data.val_uri: config.data.eval_crop_size}
+    for uri, crop_size in sizes.items():
+        refs[uri] = list_images(uri)
+        check_images(uri, refs[uri], hr_crop_size=crop_size)
+    for net in ("vgg", "alex"):
+        load_lpips(net)
+    _refuse_changed_config(config)
+    return Inputs(refs[config.data.train_uri], refs[config.data.val_uri], preflight(config.tracking_uri))
+
+
+def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str | None = None) -> Outcome:
+    """Runs the training to its end, or from its newest checkpoint on.
+
+    Raises:
+        UserError: The training failed; the message is the cause.
+    """
+    experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
+    tags = {"train_pictures": str(len(inputs.train_refs)), "storage": config.run_uri}
+    with tracked_run(
+        inputs.tracking_uri,
+        experiment_id,
+        config.name,
+        params=to_dict(config),
+        tags=tags,
+        parent_run_id=parent_run_id,
+    ) as run_id:
+        result = fit(build_trainer(config, inputs, progress, run_id))
+    assert result.checkpoint is not None and result.metrics is not None  # the last step reports both
+    checkpoint_uri = f"{config.run_uri}/{Path(result.checkpoint.path).name}"
+    return Outcome(checkpoint_uri, result.metrics, run_id)
+
+
+def fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Runs a trainer to its end.
+
+    Raises:
+        UserError: A worker failed more often than train.max_failures; the message is its error, without frames.
+    """
+    try:
+        return trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        causes = {f"rank {rank}: {_root(failure)}" for rank, failure in error.worker_failures.items()}
+        raise UserError(f"training failed. {' '.join(sorted(causes))}") from error
+    except ray.train.ControllerError as error:
+        raise UserError(f"training failed. {_root(error)}") from error
+
+
+def build_trainer(
+    config: RunConfig, inputs: Inputs, progress: Queue, run_id: str, callbacks: Sequence[Any] = ()
+) -> TorchTrainer:
+    """The one trainer of the project; a Tune trial is one of these, too."""
+    file_system, storage_path = open_uri(config.storage_uri)
+    resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {})
+
+    def train_samples() -> ray.data.Dataset:  # called whenever a group of workers starts
+        return train_stream(
+            config.data.train_uri,
+            inputs.train_refs,
+            hr_crop_size=config.network.hr_size,
+            scale=config.network.scale,
+            degradation=config.degradation,
+            seed=config.seed,
+            skip=_steps_done(config) * config.train.global_batch_size,
+            total=config.optim.total_steps * config.train.global_batch_size,
+            global_batch_size=config.train.global_batch_size,
+            num_workers=config.train.num_workers,
+        )
+
+    def held_out() -> ray.data.Dataset:
+        return val_samples(
+            config.data.val_uri,
+            inputs.val_refs,
+            hr_crop_size=config.data.eval_crop_size,
+            scale=config.network.scale,
+            degradation=config.degradation,
+        )
+
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "tracking_uri": inputs.tracking_uri,
+            "run_id": run_id,
+            "progress": progress,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.train.num_workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=storage_path,
+            storage_filesystem=file_system,
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept),
+            callbacks=list(callbacks),
+        ),
+        datasets={"train": train_samples, "val": held_out},
+        dataset_config=DataConfig(datasets_to_split=["train"], execution_options=execution_options()),
+    )
+
+
+def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    config = from_dict(RunConfig, loop["config"])
+    is_leader = ray.train.get_context().get_world_rank() == 0
+    device = ray.train.torch.get_device()
+    state = _initial_state(config)
+    lpips = load_lpips("vgg").to(device)
+    monitor = _Monitor(config, loop) if is_leader else None
+    batches = _batches(config, device)
+    while state.global_step < config.optim.total_steps:
+        started = time.monotonic()
+        batch = next(batches)
+        waited_s = time.monotonic() - started
+        losses = train_step(state, batch, config.recipe, lpips)
+        if monitor:
+            monitor.step(state, losses, waited_s)
+        done = state.global_step == config.optim.total_steps
+        if done or state.global_step % config.train.checkpoint_every_steps == 0:
+            _report(config, state, monitor)
+    if monitor:
+        monitor.close()
+
+
+def _initial_state(config: RunConfig) -> TrainState:
+    torch.manual_seed(sample_seed(config.seed, "weights"))
+    parallel = ray.train.torch.prepare_model(
+        ConsistencyModel(config.network), parallel_strategy_kwargs={"broadcast_buffers": False}
+    )
+    model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
+    assert isinstance(model, ConsistencyModel)
+    state = build_state(model, config.optim, parallel)
+    if found := ray.train.get_checkpoint():
+        with found.as_directory() as folder:
+            ema, _ = checkpoint.load_model(Path(folder))
+            restore_state(state, ema, checkpoint.load_train_state(Path(folder)))
+    return state
+
+
+def _batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
+    """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
+    shard = ray.train.get_dataset_shard("train")
+    while True:
+        num_batches = 0
+        for rows in shard.iter_batches(
+            batch_size=config.train.per_worker_batch_size, batch_format="numpy", drop_last=True
+        ):
+            num_batches += 1
+            yield Batch(
+                hr_u8=torch.tensor(rows["hr"]).to(device, non_blocking=True),
+                lq_u8=torch.tensor(rows["lq"]).to(device, non_blocking=True),
+                samples=rows["sample"].tolist(),
+                keys=rows["key"].tolist(),
+            )
+        assert num_batches, "the stream ended before the run"
+
+
+def _report(config: RunConfig, state: TrainState, monitor: "_Monitor | None") -> None:
+    """Rank 0 scores and saves the EMA weights; every rank reports, which makes the checkpoint count."""
+    if monitor is None:
+        ray.train.report({"step": state.global_step})
+        return
+    metrics = monitor.evaluate(state) | {"step": state.global_step}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        checkpoint.save(
+            folder,
+            model=state.ema_model.state_dict(),
+            config=to_dict(config),
+            meta=metrics,
+            train_state=state_tensors(state),
+        )
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class _Monitor:
+    """Rank 0's view of the run: the progress line, MLflow, and the score of the EMA weights."""
+
+    def __init__(self, config: RunConfig, loop: Mapping[str, Any]) -> None:
+        self._config = config
+        self._queue: Queue = loop["progress"]
+        self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"])
+        self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
+        self._lpips = load_lpips("alex").to(ray.train.torch.get_device())
+        self._restart_clock()
+
+    def step(self, state: TrainState, losses: Mapping[str, torch.Tensor], waited_s: float) -> None:
+        """Counts one step; every log_every_steps, says how it goes."""
+        self._num_steps += 1
+        self._waited_s += waited_s
+        step, total = state.global_step, self._config.optim.total_steps
+        if self._num_steps < self._config.train.log_every_steps and step < total:
+            return
+        step_s = (time.monotonic() - self._started) / self._num_steps
+        values = {name: value.item() for name, value in losses.items()}
+        speed = {
+            "images_per_s": self._config.train.global_batch_size / step_s,
+            "data_wait": self._waited_s / self._num_steps / step_s,
+        }
+        self._queue.put_nowait(
+            Progress(
+                name=self._config.name,
+                phase="DTM" if "dtm_loss" in values else "CT",
+                step=step,
+                total_steps=total,
+                loss=values["loss"],
+                eta_s=(total - step) * step_s,
+                **speed,
+            )
+        )
+        self._mlflow.log(values | speed | {"lr": state.optimizer.param_groups[0]["lr"]}, step)
+        self._restart_clock()
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Scores the EMA weights on the held-out pictures, and shows them in MLflow."""
+        started = time.monotonic()
+        evaluation = score(
+            state.ema_model.eval(),
+            self._held_out,
+            sigma_max=self._config.schedule.sigma_max,
+            lpips=self._lpips,
+        )
+        self._mlflow.log(
+            {f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step
+        )
+        self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
+        self._started += time.monotonic() - started  # not a part of the step rate
+        return evaluation.means
+
+    def close(self) -> None:
+        """Waits for MLflow."""
+        self._mlflow.close()
+
+    def _restart_clock(self) -> None:
+        self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
+
+
+def _steps_done(config: RunConfig) -> int:
+    """Optimizer steps in the newest checkpoint of the run, which Ray Train continues from."""
+    found = newest_checkpoint(config.run_uri)
+    return _manifest(found)["meta"]["step"] if found else 0
+
+
+def _refuse_changed_config(config: RunConfig) -> None:
+    found = newest_checkpoint(config.run_uri)
+    if found is None:
+        return
+    before, now = flatten(_manifest(found)["config"]), flatten(to_dict(config))
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
+    if changed or before["train.global_batch_size"] != now["train.global_batch_size"]:
+        listed = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
+        raise ConfigError(
+            f"run {config.name!r} has a checkpoint {found} of another config ({listed}). "
+            "Give those keys their old values to continue it, or set another name to start a new run."
+        )
+
+
+def _root(error: BaseException) -> str:
+    """The error that started a chain of them, in one line."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def _manifest(checkpoint_uri: str) -> dict[str, Any]:
+    file_system, path = open_uri(f"{checkpoint_uri}/{checkpoint.MANIFEST_FILE}")
+    return json.loads(read_bytes(file_system, path))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = config_parser("train", __doc__ or "", EXAMPLES)
+    arguments = parser.parse_args(argv)
+    config = resolve(arguments)
+    if arguments.dry_run:
+        return print_config(config)
+    inputs = check_inputs(config)
+    with ray_cluster(), progress_line() as progress:
+        outcome = train(config, inputs, progress)
+    print(f"checkpoint: {outcome.checkpoint_uri}")
+    print(f"next: python -m pipelines.evaluate --checkpoint {outcome.checkpoint_uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""What tests share: real photographs, an S3 server and a Ray cluster in this machine, each started once."""
+
+import logging
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
+
+
+@dataclass(frozen=True)
+class S3:
+    """A real S3 server on a loopback port; the AWS variables of this process point to it."""
+
+    endpoint: str
+    client: Any
+
+    def make_bucket(self, name: str, files: Mapping[str, bytes] | None = None) -> str:
+        """Creates a bucket that holds `files` by key, and returns its URI."""
+        self.client.create_bucket(Bucket=name)
+        for key, data in (files or {}).items():
+            self.client.put_object(Bucket=name, Key=key, Body=data)
+        return f"s3://{name}"
+
+    @contextmanager
+    def refusing_strangers(self) -> Iterator[None]:
+        """While active, the server checks who signs a request; it knows nobody."""
+        self._check_after("0")
+        try:
+            yield
+        finally:
+            self._check_after("inf")
+
+    def _check_after(self, num_requests: str) -> None:
+        url, headers = f"{self.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
+        request = urllib.request.Request(url, num_requests.encode(), headers, method="POST")
+        urllib.request.urlopen(request, timeout=10).close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        yield S3(f"http://{host}:{port}", boto3.client("s3"))
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: S3) -> Iterator[None]:
+    """One local cluster of four logical CPUs, whose workers see the S3 server."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=500_000_000,
+            include_dashboard=True,  # Tune over Train does not finish without it
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            logging_config=ray.LoggingConfig(log_level="WARNING"),
+        )
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, bytes]:
+    """PNG files of 128 x 96 pixels by name: the middles of real photographs."""
+    import skimage.data
+
+    from ctmsr.image import encode_png
+
+    files = {}
+    for name in PHOTOS:
+        image = getattr(skimage.data, name)()
+        top, left = (image.shape[0] - 96) // 2, (image.shape[1] - 128) // 2
+        files[f"{name}.png"] = encode_png(image[top : top + 96, left : left + 128])
+    return files

@@ -1,0 +1,153 @@
+"""Storage: one meaning for local folders and S3, and errors that say what to mend."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from ctmsr.errors import DataError
+from pipelines.storage import download_folder, list_images, newest_checkpoint, open_uri, read_bytes, write_bytes
+from tests.conftest import S3
+
+Store = Callable[[Mapping[str, bytes]], str]
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
+    """A new folder in either kind of storage, filled with files by key."""
+
+    def fill(files: Mapping[str, bytes]) -> str:
+        root = str(tmp_path / "data") if request.param == "local" else s3.make_bucket(f"b{time.time_ns()}")
+        for key, data in files.items():
+            write_bytes(f"{root}/{key}", data)
+        return root
+
+    return fill
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def checkpoint(files: Mapping[str, bytes]) -> bytes:
+    return json.dumps({"files": {name: {"bytes": len(data)} for name, data in files.items()}}).encode()
+
+
+def test_pictures_are_listed_by_key_whatever_the_store(store: Store) -> None:
+    uri = store({"x/b.PNG": b"22", "x/a.jpg": b"1", "x/deep/c.webp": b"333", "x/notes.txt": b"", "y.png": b""})
+    refs = list_images(f"{uri}/x/")
+    assert [(ref.key, ref.size) for ref in refs] == [("a.jpg", 1), ("b.PNG", 2), ("deep/c.webp", 3)]
+    file_system, _ = open_uri(uri)
+    assert [read_bytes(file_system, ref.path) for ref in refs] == [b"1", b"22", b"333"]
+
+
+def test_a_picture_is_a_list_of_one(store: Store) -> None:
+    (ref,) = list_images(f"{store({'x/b.png': b'22'})}/x/b.png")
+    assert (ref.key, ref.size) == ("b.png", 2)
+
+
+def test_relative_paths_and_file_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(str(tmp_path / "a b" / "x.png"), b"1")
+    monkeypatch.chdir(tmp_path)
+    expected = list_images(str(tmp_path / "a b"))
+    assert list_images("a b") == list_images(f"file://{tmp_path}/a%20b") == expected
+
+
+def test_writing_replaces_and_leaves_nothing_else(store: Store) -> None:
+    uri = store({"x/a.bin": b"old"})
+    write_bytes(f"{uri}/x/a.bin", b"newer")
+    file_system, root = open_uri(uri)
+    assert read_bytes(file_system, f"{root}/x/a.bin") == b"newer"
+    if not uri.startswith("s3"):
+        assert os.listdir(f"{uri}/x") == ["a.bin"]
+
+
+def test_a_failed_local_write_leaves_no_scratch_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(DataError, match="cannot use .*taken"):
+        write_bytes(str(tmp_path / "taken"), b"1")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_folder_is_downloaded_whole(store: Store, tmp_path: Path) -> None:
+    uri = store({"run/a.bin": b"1", "run/deep/b.bin": b"22", "other.bin": b"3"})
+    download_folder(f"{uri}/run", tmp_path / "copy")
+    found = {path.relative_to(tmp_path / "copy"): path.read_bytes() for path in tmp_path.glob("copy/**/*.bin")}
+    assert found == {Path("a.bin"): b"1", Path("deep/b.bin"): b"22"}
+    with pytest.raises(DataError, match="does not exist"):
+        download_folder(f"{uri}/missing", tmp_path / "none")
+
+
+def test_newest_checkpoint_is_the_last_complete_one(store: Store) -> None:
+    files = {"model.safetensors": b"weights"}
+    whole = files | {"checkpoint.json": checkpoint(files)}
+    uri = store(
+        {f"run/checkpoint_1/{name}": data for name, data in whole.items()}
+        | {f"run/checkpoint_2/{name}": data for name, data in whole.items()}
+        | {"run/checkpoint_3/checkpoint.json": whole["checkpoint.json"]}  # its weights are missing
+        | {"run/checkpoint_4/checkpoint.json": whole["checkpoint.json"], "run/checkpoint_4/model.safetensors": b"w"}
+        | {"run/checkpoint_5/model.safetensors": b"weights"}
+        | {f"run/other/{name}": data for name, data in whole.items()}
+    )
+    assert newest_checkpoint(f"{uri}/run") == f"{uri}/run/checkpoint_2"
+    assert newest_checkpoint(f"{uri}/no-such-run") is None
+
+
+@pytest.mark.parametrize("uri", ["", "http://host/x", "s3://", "file://relative/x"])
+def test_a_uri_of_another_form_is_refused(uri: str) -> None:
+    with pytest.raises(DataError, match="use s3://bucket/path"):
+        open_uri(uri)
+
+
+def test_what_is_missing_is_told_apart(s3: S3, tmp_path: Path) -> None:
+    uri = s3.make_bucket("has-no-pictures", {"x/notes.txt": b"1"})
+    with pytest.raises(DataError, match=r"s3://no-such-bucket/x: its bucket does not exist"):
+        list_images("s3://no-such-bucket/x")
+    with pytest.raises(DataError, match=r"no image under .*/x \(1 other files\)\. Allowed suffixes: \.png, \.jpg"):
+        list_images(f"{uri}/x")
+    with pytest.raises(DataError, match=r"no image under .*/empty \(0 other files\)"):
+        list_images(f"{uri}/empty")
+    with pytest.raises(DataError, match=r"missing does not exist\. Check the path"):
+        list_images(str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="no image under"):
+        list_images(str(tmp_path))
+
+
+def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
+    uri = s3.make_bucket("guarded", {"a.png": b"1"})
+    with s3.refusing_strangers(), pytest.raises(DataError, match="access is refused. Check AWS_ACCESS_KEY_ID"):
+        list_images(uri)
+    assert len(list_images(uri)) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://host"])
+def test_an_endpoint_without_a_scheme_is_refused(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(DataError, match=f"AWS_ENDPOINT_URL must be like .*, got '{endpoint}'"):
+        open_uri("s3://bucket/x")
+
+
+def test_an_endpoint_where_nothing_listens(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"the store cannot be reached\. Check AWS_ENDPOINT_URL"):
+        list_images("s3://bucket/x")
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_never_answers(s3: S3, silent_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent_port}")
+    start = time.monotonic()
+    with pytest.raises(DataError, match="the store cannot be reached"):
+        list_images("s3://bucket/x")
+    assert time.monotonic() - start < 16

@@ -1,0 +1,221 @@
+"""Runs in a real MLflow database: checked before a training, never in its way, and complete after it."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from ctmsr.errors import TrackingError
+from pipelines import tracking
+from pipelines.tracking import MetricLogger, ensure_experiment, preflight, tracked_run
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return preflight(f"sqlite:///{tmp_path_factory.mktemp('a folder')}/new/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def experiment_id(uri: str) -> str:
+    return ensure_experiment(uri, "toy")
+
+
+@pytest.fixture(scope="module")
+def client(uri: str) -> MlflowClient:
+    return tracking.connect(uri)
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def closed_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_dead_server_is_an_error_at_once(closed_port: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match=f"the MLflow server {closed_port} does not answer"):
+        preflight(closed_port)
+    assert time.monotonic() - started < 5
+
+
+def test_a_silent_server_is_an_error_within_seconds(silent_server: str) -> None:
+    before = dict(os.environ)
+    started = time.monotonic()
+    with pytest.raises(TrackingError, match="does not answer"):
+        preflight(silent_server)
+    assert time.monotonic() - started < 10
+    after = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP")}
+    assert after == {name: value for name, value in before.items() if name.startswith("MLFLOW_HTTP")}
+
+
+@pytest.mark.parametrize("uri", ["", "mlruns", "file:///tmp/mlruns", "ftp://host/x", "sqlite:///"])
+def test_other_addresses_are_refused_with_the_allowed_ones(uri: str) -> None:
+    with pytest.raises(TrackingError, match=r"must be http\(s\)://host:port .* or sqlite:///file\.db, got"):
+        preflight(uri)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.db").write_text("not a database, but long enough to be read as one " * 10)
+    with pytest.raises(TrackingError, match=r"notes\.db cannot be used: .*file is not a database"):
+        preflight(f"sqlite:///{tmp_path}/notes.db")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(TrackingError, match=r"taken/mlflow\.db cannot be used"):
+        preflight(f"sqlite:///{tmp_path}/taken/mlflow.db")
+
+
+def test_a_relative_path_is_made_absolute_for_the_workers(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    monkeypatch.chdir(path.parent.parent)
+    assert preflight("sqlite:///new/mlflow.db") == uri
+
+
+def test_drivers_that_start_together_share_a_new_database(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    code = f"from pipelines.tracking import *; print(ensure_experiment(preflight({uri!r}), 'toy'))"
+    drivers = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) for _ in range(3)
+    ]
+    printed = [driver.communicate(timeout=100) for driver in drivers]
+    assert printed == [("1\n", "")] * 3
+
+
+def test_files_of_a_sqlite_experiment_lie_beside_the_database(
+    uri: str, experiment_id: str, client: MlflowClient
+) -> None:
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts"
+    assert client.get_experiment(experiment_id).artifact_location == folder.as_uri()
+    assert ensure_experiment(uri, "toy") == experiment_id
+
+
+def test_a_deleted_experiment_says_how_to_restore_it(uri: str, client: MlflowClient) -> None:
+    deleted = ensure_experiment(uri, "old")
+    client.delete_experiment(deleted)
+    with pytest.raises(TrackingError, match=f"'old' .* is deleted. Restore it with .*restore -x {deleted}`"):
+        ensure_experiment(uri, "old")
+
+
+def test_a_run_holds_the_whole_config(
+    uri: str, experiment_id: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    config = {"seed": 1, "loss": {"weight": 0.5, "range": [0.1, 0.5]}, "text": "x" * 9000}
+    config |= {f"k{i}": i for i in range(250)}
+    with tracked_run(uri, experiment_id, "parent", params={}, tags={}) as parent_id:
+        pass
+    with tracked_run(
+        uri, experiment_id, "child", params=config, tags={"data": "v1"}, parent_run_id=parent_id
+    ) as run_id:
+        assert client.get_run(run_id).info.status == "RUNNING"
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["loss.weight"] == "0.5"
+    assert run.data.params["k249"] == "249"
+    assert run.data.params["text"] == "x" * tracking.MAX_PARAM_CHARS
+    assert run.data.tags.items() >= {"data": "v1", "mlflow.parentRunId": parent_id}.items()
+    saved = client.download_artifacts(run_id, "config.json", str(tmp_path))
+    assert "x" * 9000 in Path(saved).read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")]
+)
+def test_a_run_that_breaks_off_says_so(
+    uri: str, experiment_id: str, client: MlflowClient, error: type[BaseException], status: str
+) -> None:
+    with pytest.raises(error), tracked_run(uri, experiment_id, "r", params={}, tags={}) as run_id:
+        raise error
+    assert client.get_run(run_id).info.status == status
+
+
+def test_metrics_and_pictures_arrive_in_order(uri: str, experiment_id: str, client: MlflowClient) -> None:
+    with tracked_run(uri, experiment_id, "r", params={}, tags={}) as run_id:
+        log = MetricLogger(uri, run_id)
+        for step in range(30):
+            log.log({"loss": 1 / (step + 1), "lr": float("nan")}, step)
+        log.image(np.zeros((8, 8, 3), np.uint8), "sr/0", 29)
+        assert log.close() == 0
+    history = client.get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(s, 1 / (s + 1)) for s in range(30)]
+    pictures = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+    assert len(pictures) == 1
+    assert "sr~0+step+29+" in pictures[0]
+
+
+def test_what_is_lost_is_counted_and_named(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    log = MetricLogger(uri, "0" * 32)
+    log.log({"loss": 1.0}, 5)
+    log.image(np.zeros((8, 8, 3), np.uint8), "sr", 6)
+    with caplog.at_level(logging.WARNING):
+        assert log.close() == 2
+    assert "lost 2 writes. metrics of step 5: Run with id=" in caplog.text
+    assert "; picture sr of step 6: Run with id=" in caplog.text
+
+
+def test_a_server_that_hangs_does_not_hold_up_a_step(
+    silent_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricLogger(silent_server, "0" * 32)
+    started = time.monotonic()
+    for step in range(100):
+        log.log({"loss": 1.0}, step)
+    assert time.monotonic() - started < 0.5
+    assert log.close(timeout_s=0.2) == 100
+    assert time.monotonic() - started < 2
+    assert "lost 100 writes. metrics of step 0: not written in time; " in caplog.text
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_end_of_the_program(silent_server: str) -> None:
+    code = (
+        "from pipelines.tracking import MetricLogger\n"
+        f"log = MetricLogger({silent_server!r}, '0' * 32)\n"
+        "log.log({'loss': 1.0}, 0)\n"
+        "log.close(timeout_s=0.1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    uri = preflight(f"sqlite:///{tmp_path}/mlflow.db")
+    with tracked_run(uri, ensure_experiment(uri, "toy"), "r", params={"a": 1}, tags={}) as run_id:
+        log = MetricLogger(uri, run_id)
+        log.log({"loss": 1.0}, 1)
+        log.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert tracking.git_commit() is None
+    git("init", "--quiet")
+    assert tracking.git_commit() is None
+    (tmp_path / "tracking.py").write_text("1")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    git("tag", "-a", "v1", "-m", "v1")
+    assert tracking.git_commit() == git("rev-parse", "HEAD")
+    (tmp_path / "tracking.py").write_text("2")
+    assert tracking.git_commit() == git("rev-parse", "HEAD") + "-dirty"

@@ -1,4 +1,4 @@
-"""The two objectives: consistency training (CT) and distribution trajectory matching (DTM). Pure functions."""
+"""The objectives: consistency training (CT) and distribution trajectory matching (DTM). Pure functions."""
 
 import math
 from collections.abc import Callable
@@ -72,10 +72,11 @@ def dtm_range(config: LossConfig, num_steps: int) -> tuple[int, int]:
     """
     low = max(1, math.floor(config.dtm_t_min * (num_steps + 1)))
     high = min(num_steps + 1, math.floor(config.dtm_t_max * (num_steps + 1)))
+    enough = math.ceil(100 * (low + 1) / (num_steps + 1)) / 100
     check(
         low < high,
-        f"loss.dtm_t_min={config.dtm_t_min} and loss.dtm_t_max={config.dtm_t_max} leave no step to compare on a "
-        f"trajectory of {num_steps} steps. Raise dtm_t_max to {(low + 1) / (num_steps + 1):.2f} or more.",
+        f"loss.dtm_t_min={config.dtm_t_min} and loss.dtm_t_max={config.dtm_t_max} leave no step to compare on "
+        f"a trajectory of {num_steps} steps. Raise dtm_t_max to {enough:.2f} or more.",
     )
     return low, high
 
@@ -95,8 +96,8 @@ def dtm_loss(
 ) -> Tensor:
     """L_DTM = 0.5 · 1.6 · mean of w · LPIPS(o, stopgrad(o) - d), arXiv:2503.20349.
 
-    With o = sr, d = stopgrad(g(z_m) - g(x_m)) and w = 1 / mean |o - x_0| per image: the gradient moves o along
-    -d, score distillation by the network's own trajectory.
+    With o = sr, d = stopgrad(g(z_m) - g(x_m)) and w = 1 / mean |o - x_0| per image: the gradient moves o
+    along -d, score distillation by the network's own trajectory.
 
     Args:
         sr: o, the CT prediction, (N, 3, H, W), with gradient.

@@ -1,7 +1,7 @@
 """The conditioned U-Net F(x, c_noise, y) of CTMSR and the consistency function f around it.
 
 Module names follow the authors' checkpoint (`model.enc.64x64_block0.conv0.weight`, ...), so that the
-published weights load entry by entry. The blocks are DDPM++ (EDM) residual blocks with Swin-style window attention.
+published weights load entry by entry. The blocks are DDPM++ (EDM) residual blocks with window attention.
 """
 
 import math
@@ -28,7 +28,7 @@ class NetworkConfig:
     lq_size: int = 64
     """Side of the LQ crop in training, in pixels; it also names the levels of the U-Net."""
     model_channels: int = 192
-    """Channels of the first level; a multiple of 4."""
+    """Channels of the first level; a multiple of 32."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level as a multiple of model_channels; each level halves the side."""
     num_blocks: int = 4
@@ -50,8 +50,8 @@ class NetworkConfig:
             f"network.channel_mult must hold whole numbers from 1 up, got {self.channel_mult}.",
         )
         check(
-            self.model_channels % 4 == 0,
-            f"network.model_channels must be a multiple of 4, got {self.model_channels}.",
+            self.model_channels % 32 == 0,
+            f"network.model_channels must be a multiple of 32 (norm groups), got {self.model_channels}.",
         )
         check(
             self.embed_dim % 32 == 0,
@@ -189,7 +189,7 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """DDPM++ block: twice [norm, SiLU, conv] with the embedding between, + skip, x sqrt(1/2), then attention."""
+    """DDPM++ block: twice [norm, SiLU, conv], the embedding between; + skip, x sqrt(1/2), then attention."""
 
     def __init__(
         self,

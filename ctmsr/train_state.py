@@ -15,7 +15,7 @@ from .network import ConsistencyModel
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimisation. Defaults are the published run's: AdamW, halved once, no warm-up; 500 000 CT, 2 000 DTM."""
+    """Optimisation. Defaults are the published run's: AdamW, lr halved once, no warm-up."""
 
     ct_steps: int = 500_000
     """Optimizer updates of the first phase, consistency training."""
@@ -87,7 +87,7 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Everything of `state` but the EMA weights, as flat tensors: what `checkpoint.save` takes as train_state."""
+    """Everything of `state` but the EMA weights, as the flat tensors that `checkpoint.save` takes."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     tensors["ema.n_averaged"] = state.ema.n_averaged
     if state.dtm_model is not None:

@@ -1,7 +1,7 @@
 """One optimizer update, from a batch and a TrainState: consistency training, and DTM in the second phase.
 
-Every random number of a step is a function of the run seed and the global step or the global sample index, never
-of the number of workers: n workers on n parts of a batch compute what one worker computes on the whole of it.
+Every random number of a step is a function of the run seed and the global step or sample index, never of the
+number of workers: n workers on n parts of a batch compute what one worker computes on the whole of it.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance)
         lpips: LPIPS-vgg.
 
     Returns:
-        Scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`, `grad_norm`, in phase 2 `dtm_loss`.
+        Scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`, `grad_norm`; then `dtm_loss`.
 
     Raises:
         FloatingPointError: The gradient is not finite, on every worker and before the update.
@@ -72,7 +72,8 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance)
         shown = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
         raise FloatingPointError(
             f"the gradient of step {step} is not finite ({shown}); samples {batch.samples}, "
-            f"images {batch.keys}. The weights are those of the step before. Lower optim.lr or check the images."
+            f"images {batch.keys}. The weights are those of the step before. Lower optim.lr or check the "
+            "images."
         )
     state.optimizer.step()
     state.ema.update_parameters(state.model)

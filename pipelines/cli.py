@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from ctmsr.config import describe, flatten, from_dict, override, to_dict
-from ctmsr.errors import ConfigError
+from ctmsr.errors import ConfigError, DataError
 
 from .config import RunConfig
 from .presets import PRESETS
+from .storage import open_uri, read_bytes
 
 
 def config_parser(module: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -19,11 +19,11 @@ def config_parser(module: str, summary: str, examples: str) -> argparse.Argument
     parser = argparse.ArgumentParser(
         prog=f"python -m pipelines.{module}",
         description=summary,
-        epilog=f"presets:\n{presets}\n\nexamples:\n{examples}\n\n`--keys` explains every key that --set takes.",
+        epilog=f"presets:\n{presets}\n\nexamples:\n{examples}\n\n--keys explains every key that --set takes",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", default="small", help=f"one of {', '.join(PRESETS)}; default %(default)s")
-    parser.add_argument("--config", metavar="FILE", help="a resolved config (JSON) instead of a preset")
+    parser.add_argument("--config", metavar="URI", help="a resolved config (JSON) instead of a preset")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="may be repeated"
     )
@@ -40,7 +40,7 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
         ConfigError: An unknown preset, an unreadable file, or a key or value that is not allowed.
     """
     if arguments.config:
-        data = _read_json(Path(arguments.config))
+        data = _read_json(arguments.config)
     elif arguments.preset in PRESETS:
         data = to_dict(PRESETS[arguments.preset]())
     else:
@@ -57,11 +57,12 @@ def print_config(config: RunConfig) -> int:
     return 0
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(uri: str) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not a readable JSON file: {error}.") from None
+        file_system, path = open_uri(uri)
+        return json.loads(read_bytes(file_system, path))
+    except (DataError, ValueError) as error:
+        raise ConfigError(f"--config {uri} is not a readable JSON file: {error}") from error
 
 
 class _PrintKeys(argparse.Action):

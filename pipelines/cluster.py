@@ -22,12 +22,12 @@ _QUIET = {
 }
 
 _LEAST_CPUS = 4
-"""What a private cluster claims to have: on two cores, workers and data tasks must share them to get going."""
+"""CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
 
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connects for the length of a `with` block; a cluster that is already connected is used and left alone."""
+    """Connects for the length of a `with` block; if Ray is connected already, it is left as it is."""
     if ray.is_initialized():
         yield
         return

@@ -19,3 +19,11 @@ def run(main: Callable[[list[str] | None], int]) -> None:
         print("stopped.", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def root_cause(error: BaseException) -> str:
+    """The error that started a chain of them, in one line: what Ray wraps says more than its wrapping."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"

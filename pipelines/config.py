@@ -24,7 +24,7 @@ class TrainConfig:
     use_gpu: bool = True
     """One GPU a worker; false trains on CPUs."""
     cpus_per_worker: float = 1.0
-    """CPUs that Ray sets aside a worker. What is left makes the data: keep at least one CPU free of workers."""
+    """CPUs that Ray sets aside a worker; what is left makes the data, so leave one CPU or more."""
     log_every_steps: int = 50
     """Steps between two progress lines and two points in MLflow."""
     checkpoint_every_steps: int = 5_000

@@ -1,11 +1,10 @@
 """The whole system on real photographs, on this machine: `make demo`.
 
-Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only calls
-the other pipelines: tune, train, evaluate, register and, in a new process, upscale.
+Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only
+calls the other pipelines: tune, train, evaluate, register and, in a new process, upscale.
 """
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -194,7 +193,8 @@ next, with your own pictures:
 def _photo(name: str) -> bytes:
     for package, folder in (("skimage.data", "."), ("sklearn.datasets", "images")):
         spec = find_spec(package)
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         path = Path(spec.origin).parent / folder / name
         if path.is_file():
             return path.read_bytes()

@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ctmsr import checkpoint
-from ctmsr.config import from_dict
-from ctmsr.errors import CheckpointError
+from ctmsr.config import check, from_dict
+from ctmsr.errors import CheckpointError, UserError
 from ctmsr.image import encode_png, to_tensor, to_u8, upsample
 from ctmsr.inference import upscale
 from ctmsr.metrics import lpips_alex, psnr_y, ssim_y
@@ -24,7 +25,7 @@ from ctmsr.perceptual import Lpips, load_lpips
 
 from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
-from .command import run
+from .command import root_cause, run
 from .config import RunConfig
 from .data import check_images, val_samples
 from .storage import ImageRef, download_folder, list_images, newest_checkpoint, write_bytes
@@ -91,18 +92,25 @@ def evaluate(config: RunConfig, checkpoint_uri: str, refs: tuple[ImageRef, ...])
     """Scores a checkpoint on `refs` under data.test_uri, in one Ray task that holds the network.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged or of another shape.
+        UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        download_folder(checkpoint_uri, Path(scratch))
-        model, manifest = checkpoint.load_model(Path(scratch))
+    with local_checkpoint(checkpoint_uri) as folder:
+        model, manifest = checkpoint.load_model(folder)
     trained = from_dict(RunConfig, manifest.config)
+    check(
+        config.data.eval_crop_size % trained.network.scale == 0,
+        f"data.eval_crop_size ({config.data.eval_crop_size}) must be a multiple of the checkpoint's scale "
+        f"({trained.network.scale}).",
+    )
     task = _evaluate_remotely.options(
         num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu)
     )
-    return ray.get(
-        task.remote(trained, config.data.test_uri, refs, config.data.eval_crop_size, model.state_dict())
-    )
+    try:
+        return ray.get(
+            task.remote(trained, config.data.test_uri, refs, config.data.eval_crop_size, model.state_dict())
+        )
+    except ray.exceptions.RayError as error:
+        raise UserError(f"evaluation failed. {root_cause(error)}") from error
 
 
 @ray.remote
@@ -121,6 +129,22 @@ def _evaluate_remotely(
     )
 
 
+@contextmanager
+def local_checkpoint(uri: str) -> Iterator[Path]:
+    """A copy of the checkpoint at `uri` on this machine, for the length of a `with` block.
+
+    Raises:
+        DataError: It cannot be fetched.
+        CheckpointError: What the block raises, with `uri` in place of the copy.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        download_folder(uri, Path(scratch))
+        try:
+            yield Path(scratch)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(scratch, uri)) from error
+
+
 def find_checkpoint(config: RunConfig) -> str:
     """URI of the newest complete checkpoint of the run.
 
@@ -130,7 +154,7 @@ def find_checkpoint(config: RunConfig) -> str:
     found = newest_checkpoint(config.run_uri)
     if found is None:
         raise CheckpointError(
-            f"there is no complete checkpoint under {config.run_uri}. Train first, or set name and storage_uri."
+            f"there is no complete checkpoint under {config.run_uri}. Train first, or set name, storage_uri."
         )
     return found
 

@@ -27,8 +27,7 @@ from ctmsr.inference import upscale
 
 from .cli import config_parser, print_config, resolve
 from .command import run
-from .evaluate import find_checkpoint
-from .storage import download_folder
+from .evaluate import find_checkpoint, local_checkpoint
 from .tracking import connect, ensure_experiment, preflight, tracked_run, tracking_errors
 
 EXAMPLES = """\
@@ -225,11 +224,10 @@ def main(argv: list[str] | None = None) -> int:
         return print_config(config)
     tracking_uri = preflight(config.tracking_uri)
     checkpoint_uri = arguments.checkpoint or find_checkpoint(config)
-    with tempfile.TemporaryDirectory() as scratch:
-        download_folder(checkpoint_uri, Path(scratch))
-        meta = checkpoint.read_manifest(Path(scratch)).meta
+    with local_checkpoint(checkpoint_uri) as folder:
+        meta = checkpoint.read_manifest(folder).meta
         version = register(
-            Path(scratch),
+            folder,
             tracking_uri=tracking_uri,
             model_name=config.model_name,
             run_id=None,

@@ -165,11 +165,13 @@ def download_folder(uri: str, dest: Path) -> None:
     """Copies a folder with all it holds to the local folder `dest`, which is made.
 
     Raises:
-        DataError: The folder does not exist or cannot be read.
+        DataError: The folder does not exist, is a file or cannot be read.
     """
     file_system, root = open_uri(uri)
     dest.mkdir(parents=True, exist_ok=True)
     with _explained(uri):
+        if file_system.get_file_info(root).type == fs.FileType.File:
+            raise DataError(f"{uri} is a file, where a folder is needed. Name the folder that holds it.")
         fs.copy_files(root, str(dest), file_system, fs.LocalFileSystem())
 
 

@@ -27,12 +27,12 @@ from ctmsr.train_step import Batch, train_step
 
 from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
-from .command import run
+from .command import root_cause, run
 from .config import RunConfig
 from .data import check_images, execution_options, train_stream, val_samples
 from .evaluate import score
 from .progress import Progress, progress_line
-from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes
+from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes, write_bytes
 from .tracking import MetricLogger, ensure_experiment, preflight, tracked_run
 
 EXAMPLES = """\
@@ -71,18 +71,20 @@ class Outcome:
 def check_inputs(config: RunConfig) -> Inputs:
     """Everything that can be wrong with a run's surroundings, found within seconds and without Ray.
 
+    Last, the resolved config is written into the run's folder, which finds a place that refuses it.
+
     Raises:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
-    refs = {}
-    sizes = {config.data.train_uri: config.network.hr_size, config.data.val_uri: config.data.eval_crop_size}
-    for uri, crop_size in sizes.items():
-        refs[uri] = list_images(uri)
-        check_images(uri, refs[uri], hr_crop_size=crop_size)
+    train_refs, val_refs = list_images(config.data.train_uri), list_images(config.data.val_uri)
+    check_images(config.data.train_uri, train_refs, hr_crop_size=config.network.hr_size)
+    check_images(config.data.val_uri, val_refs, hr_crop_size=config.data.eval_crop_size)
     for net in ("vgg", "alex"):
         load_lpips(net)
     _refuse_changed_config(config)
-    return Inputs(refs[config.data.train_uri], refs[config.data.val_uri], preflight(config.tracking_uri))
+    tracking_uri = preflight(config.tracking_uri)
+    write_bytes(f"{config.run_uri}/config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
+    return Inputs(train_refs, val_refs, tracking_uri)
 
 
 def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str | None = None) -> Outcome:
@@ -102,7 +104,8 @@ def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
         parent_run_id=parent_run_id,
     ) as run_id:
         result = fit(build_trainer(config, inputs, progress, run_id))
-    assert result.checkpoint is not None and result.metrics is not None  # the last step reports both
+    assert result.checkpoint is not None  # the last step reports both
+    assert result.metrics is not None
     checkpoint_uri = f"{config.run_uri}/{Path(result.checkpoint.path).name}"
     return Outcome(checkpoint_uri, result.metrics, run_id)
 
@@ -111,15 +114,15 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
     """Runs a trainer to its end.
 
     Raises:
-        UserError: A worker failed more often than train.max_failures; the message is its error, without frames.
+        UserError: Workers failed more often than train.max_failures; the message is their error alone.
     """
     try:
         return trainer.fit()
     except ray.train.WorkerGroupError as error:
-        causes = {f"rank {rank}: {_root(failure)}" for rank, failure in error.worker_failures.items()}
+        causes = {f"rank {rank}: {root_cause(failure)}" for rank, failure in error.worker_failures.items()}
         raise UserError(f"training failed. {' '.join(sorted(causes))}") from error
     except ray.train.ControllerError as error:
-        raise UserError(f"training failed. {_root(error)}") from error
+        raise UserError(f"training failed. {root_cause(error)}") from error
 
 
 def build_trainer(
@@ -324,21 +327,14 @@ def _refuse_changed_config(config: RunConfig) -> None:
         return
     before, now = flatten(_manifest(found)["config"]), flatten(to_dict(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
-    if changed or before["train.global_batch_size"] != now["train.global_batch_size"]:
+    fixed = ("train.global_batch_size",)  # where the stream of samples goes on is a multiple of it
+    changed = [key for key in changed if key in fixed or not key.startswith(FREE_TO_CHANGE)]
+    if changed:
         listed = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
         raise ConfigError(
             f"run {config.name!r} has a checkpoint {found} of another config ({listed}). "
             "Give those keys their old values to continue it, or set another name to start a new run."
         )
-
-
-def _root(error: BaseException) -> str:
-    """The error that started a chain of them, in one line."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"
 
 
 def _manifest(checkpoint_uri: str) -> dict[str, Any]:

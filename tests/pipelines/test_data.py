@@ -1,0 +1,150 @@
+"""The training stream: a sample is a function of seed and number, on any workers and after any restart."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.data
+
+from ctmsr.degradation import DegradationConfig
+from ctmsr.errors import DataError
+from ctmsr.image import center_crop, decode, encode_png
+from pipelines import data
+from pipelines.data import check_images, train_stream, val_samples
+from pipelines.storage import ImageRef, list_images
+from tests.conftest import S3
+
+BATCH = 8
+"""Samples an update, over all workers."""
+LOOK: dict[str, Any] = {"hr_crop_size": 64, "scale": 4, "degradation": DegradationConfig()}
+
+Batch = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def pictures(ray_session: None, s3: S3, photos: dict[str, bytes]) -> tuple[str, tuple[ImageRef, ...]]:
+    """URI and listing of five photographs in S3."""
+    uri = s3.make_bucket("data-photos", {f"train/{name}": file for name, file in photos.items()}) + "/train"
+    return uri, list_images(uri)
+
+
+def stream(pictures: tuple[str, tuple[ImageRef, ...]], **changes: Any) -> ray.data.Dataset:
+    arguments: dict[str, Any] = {
+        "seed": 1,
+        "skip": 0,
+        "total": 12 * BATCH,
+        "global_batch_size": BATCH,
+        "num_workers": 1,
+    }
+    return train_stream(*pictures, **LOOK | arguments | changes)
+
+
+def batches(dataset: Any, size: int = BATCH) -> list[Batch]:
+    return list(dataset.iter_batches(batch_size=size, batch_format="numpy"))
+
+
+def by_sample(parts: Sequence[Batch]) -> dict[int, tuple[str, bytes, bytes]]:
+    """Key, `hr` and `lq` of every sample; a sample that comes twice is an error."""
+    rows = [
+        row for part in parts for row in zip(part["sample"], part["key"], part["hr"], part["lq"], strict=True)
+    ]
+    found = {int(number): (str(key), hr.tobytes(), lq.tobytes()) for number, key, hr, lq in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(pictures: tuple[str, tuple[ImageRef, ...]]) -> dict[int, tuple[str, bytes, bytes]]:
+    """What a single worker gets."""
+    return by_sample(batches(stream(pictures)))
+
+
+def test_every_epoch_visits_every_picture_once_with_other_crops(
+    alone: dict[int, tuple[str, bytes, bytes]], photos: dict[str, bytes]
+) -> None:
+    assert list(alone) == list(range(12 * BATCH))
+    num_epochs = len(alone) // len(photos)
+    orders = [[alone[e * len(photos) + i][0] for i in range(len(photos))] for e in range(num_epochs)]
+    assert all(sorted(order) == sorted(photos) for order in orders)
+    assert len({tuple(order) for order in orders}) > 1
+    for part in (1, 2):  # hr, lq
+        assert len({sample[part] for sample in alone.values()}) == len(alone)
+
+
+def test_two_workers_get_each_step_together_what_one_gets_alone(
+    alone: dict[int, tuple[str, bytes, bytes]], pictures: tuple[str, tuple[ImageRef, ...]]
+) -> None:
+    shards = stream(pictures, num_workers=2).streaming_split(2, equal=True)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda shard: batches(shard, BATCH // 2), shards)
+    for step, (a, b) in enumerate(zip(first, second, strict=True)):
+        together = sorted([*a["sample"], *b["sample"]])
+        assert together == list(range(step * BATCH, (step + 1) * BATCH))
+    assert by_sample([*first, *second]) == alone
+    stats = shards[0].stats()
+    assert "MapBatches" in stats
+    assert "tasks executed" in stats
+
+
+def test_a_stream_resumes_at_any_step_and_goes_on_over_iterations(
+    alone: dict[int, tuple[str, bytes, bytes]],
+    pictures: tuple[str, tuple[ImageRef, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(data, "_ROUND_BLOCKS", 1)  # 40 rows: five steps an iteration
+    resumed = stream(pictures, skip=5 * BATCH)
+    parts = [batches(resumed) for _ in range(3)]
+    assert [len(part) for part in parts] == [5, 2, 0]
+    numbers = [int(number) for part in parts for batch in part for number in batch["sample"]]
+    assert numbers == list(range(5 * BATCH, 12 * BATCH))
+    assert by_sample([batch for part in parts for batch in part]) == {n: alone[n] for n in numbers}
+
+
+def test_another_seed_gives_other_samples(
+    alone: dict[int, tuple[str, bytes, bytes]], pictures: tuple[str, tuple[ImageRef, ...]]
+) -> None:
+    other = by_sample(batches(stream(pictures, seed=2, total=3 * BATCH)))
+    assert all(other[number] != alone[number] for number in other)
+
+
+def test_a_stream_without_end_is_never_made_as_a_whole(pictures: tuple[str, tuple[ImageRef, ...]]) -> None:
+    endless = stream(pictures, total=10**12)
+    first = next(iter(endless.iter_batches(batch_size=BATCH, batch_format="numpy")))
+    assert list(first["sample"]) == list(range(BATCH))
+    assert {name: (column.dtype, column.shape[1:]) for name, column in first.items() if name != "key"} == {
+        "hr": (np.uint8, (64, 64, 3)),
+        "lq": (np.uint8, (16, 16, 3)),
+        "sample": (np.int64, ()),
+    }
+
+
+def test_held_out_pictures_are_the_same_every_time(
+    pictures: tuple[str, tuple[ImageRef, ...]], photos: dict[str, bytes]
+) -> None:
+    held_out = val_samples(*pictures, **LOOK)
+    first = by_sample(batches(held_out))
+    assert [key for key, _, _ in first.values()] == sorted(photos)
+    for key, hr, _ in first.values():
+        assert hr == center_crop(decode(photos[key], name=key), 64, name=key).tobytes()
+    assert by_sample(batches(held_out, size=2)) == first
+
+
+def test_bad_pictures_are_found_before_training_and_counted(
+    s3: S3, photos: dict[str, bytes], pictures: tuple[str, tuple[ImageRef, ...]]
+) -> None:
+    check_images(*pictures, hr_crop_size=64)
+    small = encode_png(np.zeros((32, 200, 3), np.uint8))
+    uri = s3.make_bucket("data-bad", {"a.png": small, "b.png": b"not a picture", **photos})
+    with pytest.raises(DataError, match=r"2 of 7 pictures .*a\.png is 200x32 pixels, too small"):
+        check_images(uri, list_images(uri), hr_crop_size=64)
+    uri = s3.make_bucket("data-many", {f"{i:03d}.png": b"not a picture" for i in range(40)})
+    with pytest.raises(DataError, match=r"16 of 16 pictures .* not a readable picture"):
+        check_images(uri, list_images(uri), hr_crop_size=64)
+
+
+def test_a_picture_that_goes_bad_ends_the_stream_with_its_name(ray_session: None, s3: S3) -> None:
+    uri = s3.make_bucket("data-gone-bad", {"cut.png": b"\x89PNG\r\n"})
+    with pytest.raises(DataError, match=r"data-gone-bad/cut\.png is not a readable picture"):
+        batches(stream((uri, list_images(uri))))

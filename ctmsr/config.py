@@ -133,7 +133,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         inner = [a for a in arguments if a is not type(None)]
         return None if value is None else _convert(inner[0], value, path)
     if origin is Literal:
-        if value in arguments:
+        if any(type(a) is type(value) and a == value for a in arguments):  # True and 4.0 equal integers
             return value
         raise ConfigError(f"{path} must be one of {', '.join(map(repr, arguments))}, got {value!r}.")
     if origin is tuple and isinstance(value, (list, tuple)):

@@ -26,4 +26,4 @@ def root_cause(error: BaseException) -> str:
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"
+    return f"{type(error).__name__}: {lines[0]}"  # Ray Data adds lines of its own

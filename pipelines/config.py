@@ -6,7 +6,7 @@ from ctmsr.config import check
 from ctmsr.degradation import DegradationConfig
 from ctmsr.losses import LossConfig, dtm_range
 from ctmsr.network import NetworkConfig
-from ctmsr.schedule import ScheduleConfig
+from ctmsr.schedule import ScheduleConfig, curriculum_steps
 from ctmsr.train_state import OptimConfig
 from ctmsr.train_step import Recipe
 
@@ -128,7 +128,10 @@ class RunConfig:
             f"({self.network.scale}).",
         )
         if self.optim.dtm_steps:
-            dtm_range(self.loss, self.schedule.s1)
+            ends = (self.optim.ct_steps, self.optim.total_steps - 1)
+            lengths = [curriculum_steps(self.schedule, step, self.optim.total_steps) for step in ends]
+            for num_steps in range(min(lengths), max(lengths) + 1):
+                dtm_range(self.loss, num_steps)
 
     @property
     def recipe(self) -> Recipe:

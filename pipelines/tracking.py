@@ -164,6 +164,17 @@ def tracked_run(
             )
 
 
+def end_children(tracking_uri: str, experiment_id: str, parent_run_id: str) -> None:
+    """Ends the runs below a parent that still run: those of trials that were stopped with their process."""
+    client = connect(tracking_uri)
+    below = f"tags.mlflow.parentRunId = '{parent_run_id}' and attributes.status = 'RUNNING'"
+    try:
+        for run in client.search_runs([experiment_id], below):
+            client.set_terminated(run.info.run_id)
+    except (MlflowException, SQLAlchemyError) as error:
+        logger.warning("MLflow still shows stopped trials as running: %s", _short(error))
+
+
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
     for start in range(0, len(flat), 100):  # the most that a server takes at once

@@ -30,7 +30,7 @@ from .cluster import ray_cluster
 from .command import root_cause, run
 from .config import RunConfig
 from .data import check_images, execution_options, train_stream, val_samples
-from .evaluate import score
+from .evaluate import local_checkpoint, score
 from .progress import Progress, progress_line
 from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes, write_bytes
 from .tracking import MetricLogger, ensure_experiment, preflight, tracked_run
@@ -103,11 +103,11 @@ def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
         tags=tags,
         parent_run_id=parent_run_id,
     ) as run_id:
-        result = fit(build_trainer(config, inputs, progress, run_id))
-    assert result.checkpoint is not None  # the last step reports both
-    assert result.metrics is not None
-    checkpoint_uri = f"{config.run_uri}/{Path(result.checkpoint.path).name}"
-    return Outcome(checkpoint_uri, result.metrics, run_id)
+        if _steps_done(config) < config.optim.total_steps:
+            fit(build_trainer(config, inputs, progress, run_id))
+    checkpoint_uri = newest_checkpoint(config.run_uri)
+    assert checkpoint_uri is not None  # the last step writes one
+    return Outcome(checkpoint_uri, _manifest(checkpoint_uri)["meta"], run_id)
 
 
 def fit(trainer: TorchTrainer) -> ray.train.Result:
@@ -192,6 +192,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         started = time.monotonic()
         batch = next(batches)
         waited_s = time.monotonic() - started
+        assert batch.samples[0] // config.train.global_batch_size == state.global_step
         losses = train_step(state, batch, config.recipe, lpips)
         if monitor:
             monitor.step(state, losses, waited_s)
@@ -210,10 +211,12 @@ def _initial_state(config: RunConfig) -> TrainState:
     model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
     assert isinstance(model, ConsistencyModel)
     state = build_state(model, config.optim, parallel)
-    if found := ray.train.get_checkpoint():
-        with found.as_directory() as folder:
-            ema, _ = checkpoint.load_model(Path(folder))
-            restore_state(state, ema, checkpoint.load_train_state(Path(folder)))
+    # Not `ray.train.get_checkpoint`: of a checkpoint that is stored but that Ray has not yet counted when a worker
+    # dies, the data stream would know and the workers would not.
+    if found := newest_checkpoint(config.run_uri):
+        with local_checkpoint(found) as folder:
+            ema, _ = checkpoint.load_model(folder)
+            restore_state(state, ema, checkpoint.load_train_state(folder))
     return state
 
 
@@ -316,7 +319,7 @@ class _Monitor:
 
 
 def _steps_done(config: RunConfig) -> int:
-    """Optimizer steps in the newest checkpoint of the run, which Ray Train continues from."""
+    """Optimizer steps in the newest checkpoint of the run, which it continues from."""
     found = newest_checkpoint(config.run_uri)
     return _manifest(found)["meta"]["step"] if found else 0
 

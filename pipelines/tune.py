@@ -21,7 +21,7 @@ from .command import run
 from .config import RunConfig, TuneConfig
 from .progress import progress_line
 from .storage import open_uri, write_bytes
-from .tracking import ensure_experiment, tracked_run
+from .tracking import end_children, ensure_experiment, tracked_run
 from .train import Inputs, build_trainer, check_inputs, fit
 
 EXAMPLES = """\
@@ -128,6 +128,7 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue) -> Search:
                 name=folder, storage_path=storage_path, storage_filesystem=file_system, verbose=0
             ),
         ).fit()
+        end_children(inputs.tracking_uri, experiment_id, parent_run_id)
     trials = sorted(
         (
             _trial(result.config, result.metrics)

@@ -42,6 +42,14 @@ class S3:
         urllib.request.urlopen(request, timeout=10).close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny networks gain nothing from threads, and on a busy machine waiting for each other is slow."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3]:
     import boto3

@@ -1,5 +1,7 @@
 """A network, a perceptual distance, pictures and a recipe that are real but take milliseconds."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,6 @@ def make_batch(samples: list[int]) -> Batch:
     return Batch(hr_u8=hr_u8, lq_u8=lq_u8, samples=samples, keys=[f"picture{k}.png" for k in samples])
 
 
-def flat(tensors: list[Tensor]) -> np.ndarray:
+def flat(tensors: Sequence[Tensor]) -> np.ndarray:
     """All numbers of `tensors` in a row."""
     return torch.cat([t.detach().double().flatten() for t in tensors]).numpy()

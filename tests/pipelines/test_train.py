@@ -4,14 +4,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import ray.train
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -28,12 +25,12 @@ from pipelines.evaluate import evaluate, find_checkpoint, local_checkpoint
 from pipelines.presets import PRESETS
 from pipelines.progress import progress_line
 from pipelines.register import load_model
-from pipelines.storage import list_images
+from pipelines.storage import list_images, newest_checkpoint
 from pipelines.tracking import connect
 from pipelines.train import Inputs, Outcome, check_inputs, train
 from tests.conftest import S3
 
-TOTAL_STEPS = 5
+TOTAL_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -44,25 +41,25 @@ class Trained:
     outcome: Outcome
 
     @property
-    def settings(self) -> list[str]:
-        """For the command line."""
-        return [f"--set={key}={value}" for key, value in PLACES(self.config).items()]
+    def options(self) -> list[str]:
+        """For a command line: the config that the run left in its folder."""
+        return ["--config", f"{self.config.run_uri}/config.json"]
 
 
 def run_config(bucket: str, folder: Path, *settings: str) -> RunConfig:
-    """Five steps of eight samples on two workers: three CT, two DTM."""
+    """Twelve steps of eight samples on two workers: nine CT, three DTM."""
     tiny = [
         "name=first",
         f"storage_uri={bucket}/runs",
         f"tracking_uri=sqlite:///{folder}/mlflow.db",
         *(f"data.{part}_uri={bucket}/photos" for part in ("train", "val", "test")),
         "data.eval_crop_size=64",
-        "optim.ct_steps=3",
-        "optim.dtm_steps=2",
-        "optim.dtm_refresh_steps=1",
+        "optim.ct_steps=9",
+        "optim.dtm_steps=3",
+        "optim.dtm_refresh_steps=2",
         "train.global_batch_size=8",
-        "train.log_every_steps=2",
-        "train.checkpoint_every_steps=3",
+        "train.log_every_steps=4",
+        "train.checkpoint_every_steps=4",
         "train.max_failures=0",
     ]
     return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*tiny, *settings]))
@@ -73,11 +70,12 @@ def run_to_end(config: RunConfig, inputs: Inputs | None = None) -> Outcome:
         return train(config, inputs or check_inputs(config), progress)
 
 
-def last_run(config: RunConfig) -> Run:
+def run_named(name: str, config: RunConfig) -> Run:
     client = connect(config.tracking_uri)
     experiment = client.get_experiment_by_name(config.experiment)
     assert experiment is not None
-    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])[0]
+    (found,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +108,12 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
     assert told.info.status == "FINISHED"
     assert told.data.params["schedule.sigma_max"] == str(trained.config.schedule.sigma_max)
     steps = {name: steps_of(client, told, name) for name in ("loss", "dtm_loss", "images_per_s", "val_lpips")}
-    assert steps == {"loss": [2, 4, 5], "dtm_loss": [4, 5], "images_per_s": [2, 4, 5], "val_lpips": [3, 5]}
+    assert steps == {
+        "loss": [4, 8, 12],
+        "dtm_loss": [12],
+        "images_per_s": [4, 8, 12],
+        "val_lpips": [4, 8, 12],
+    }
     assert told.data.metrics["val_lpips"] == pytest.approx(trained.outcome.metrics["lpips"])
     assert told.data.metrics["images_per_s"] > 0
     assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
@@ -133,10 +136,8 @@ def test_a_finished_run_started_again_ends_at_once(trained: Trained) -> None:
     assert again.metrics == trained.outcome.metrics
 
 
-def test_evaluate_compares_the_run_with_bicubic(
-    trained: Trained, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert evaluate_module.main(trained.settings) == 0
+def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_module.main(trained.options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["PSNR-Y", "bicubic", "ours", "written:"]
     # the held-out pictures are those of data.val_uri here, so the scores are the run's own
@@ -151,11 +152,59 @@ def test_evaluate_compares_the_run_with_bicubic(
 def test_register_releases_the_bytes_of_the_checkpoint(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert register_module.main(trained.settings) == 0
+    assert register_module.main(trained.options) == 0
     assert f"@champion is version 1, from {trained.outcome.checkpoint_uri}" in capsys.readouterr().out
     released = load_model(trained.config.tracking_uri, f"models:/{trained.config.model_name}@champion")
     lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)
     with local_checkpoint(trained.outcome.checkpoint_uri) as folder:
         model, _ = checkpoint.load_model(folder)
     sr_u8 = upscale(model, lq_u8[0], sigma_max=trained.config.schedule.sigma_max, seed=5)
-    assert np.array_equal(released.predict(lq_u8, params={"seed": 5})[0], sr_u8)
+    assert np.array_equal(released.predict(lq_u8, params={"seed": 5}), sr_u8[None])
+
+
+def test_a_run_that_lost_a_worker_ends_with_the_same_weights(trained: Trained, bucket: str) -> None:
+    config = replace(trained.config, name="interrupted", train=replace(trained.config.train, max_failures=1))
+    inputs = check_inputs(config)
+
+    def kill_a_worker() -> None:
+        deadline = time.monotonic() + 100
+        while newest_checkpoint(config.run_uri) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+        assert workers[0].pid
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    outcome = run_to_end(config, inputs)
+    killer.join()
+    steps = steps_of(connect(inputs.tracking_uri), run_named("interrupted", config), "loss")
+    assert steps[0] == 4
+    assert 4 not in steps[1:]  # it did not start over
+    assert steps[-1] == TOTAL_STEPS
+    assert files_of(outcome.checkpoint_uri) == files_of(trained.outcome.checkpoint_uri)
+
+
+def files_of(checkpoint_uri: str) -> dict[str, dict[str, object]]:
+    """Sizes and hashes of the weights and of the training state."""
+    with local_checkpoint(checkpoint_uri) as folder:
+        return checkpoint.read_manifest(folder).files
+
+
+def test_a_picture_that_breaks_after_the_check_is_named(
+    trained: Trained, s3: S3, photos: dict[str, bytes]
+) -> None:
+    folder = Path(trained.config.tracking_uri.removeprefix("sqlite:///")).parent
+    config = run_config(
+        s3.make_bucket("breaking", {f"photos/{k}": v for k, v in photos.items()}), folder, "name=broken"
+    )
+    inputs = check_inputs(config)
+    s3.client.put_object(Bucket="breaking", Key="photos/coffee.png", Body=photos["coffee.png"][:2000])
+    with pytest.raises(
+        UserError, match=r"training failed\..*DataError: breaking/photos/coffee\.png"
+    ) as raised:
+        run_to_end(config, inputs)
+    assert "\n" not in str(raised.value)
+    assert run_named("broken", config).info.status == "FAILED"
+    with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):
+        evaluate(config, trained.outcome.checkpoint_uri, inputs.val_refs)

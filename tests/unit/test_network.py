@@ -96,7 +96,9 @@ def test_images_of_a_batch_do_not_mix() -> None:
 
 def test_every_parameter_shapes_the_output() -> None:
     model = filled_model()
-    model(tensor("x", (1, 3, 64, 64)), torch.tensor(1.0), tensor("lq", (1, 3, 16, 16))).square().sum().backward()
+    model(
+        tensor("x", (1, 3, 64, 64)), torch.tensor(1.0), tensor("lq", (1, 3, 16, 16))
+    ).square().sum().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
 
@@ -112,7 +114,7 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_a_fresh_network_starts_with_blocks_that_add_next_to_nothing() -> None:
     entries = ConsistencyModel(NETWORK).state_dict()
     last = [value for name, value in entries.items() if name.endswith(("conv1.weight", "aux_conv.weight"))]
-    assert len(last) == 9
+    assert len(last) == 11  # ten blocks and the head
     assert all(0 < value.abs().max() < 1e-4 for value in last)
     assert all(not value.any() for name, value in entries.items() if name.endswith("conv0.bias"))
 
@@ -137,7 +139,7 @@ def test_published_sides_must_be_multiples_of_64() -> None:
         ),
         ({"channel_mult": ()}, "network.channel_mult must hold whole numbers from 1 up, got ()."),
         ({"channel_mult": (1, 0)}, "network.channel_mult must hold whole numbers from 1 up, got (1, 0)."),
-        ({"model_channels": 30}, "network.model_channels must be a multiple of 4, got 30."),
+        ({"model_channels": 48}, "network.model_channels must be a multiple of 32 (norm groups), got 48."),
         ({"embed_dim": 48}, "network.embed_dim must be a multiple of 32 (its norms have 32 groups), got 48."),
         ({"num_heads": 3}, "network.num_heads must divide embed_dim (32), got 3."),
         ({"dropout": 1.0}, "network.dropout must be in [0, 1), got 1.0."),

@@ -1,0 +1,162 @@
+"""One update: what it learns, what moves, what its random numbers depend on, and when it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctmsr.schedule import ScheduleConfig
+from ctmsr.train_state import TrainState, build_state, state_tensors
+from ctmsr.train_step import Batch, compute_losses, sample_noise, train_step
+
+from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, make_batch
+
+BATCH = make_batch([10, 11, 12, 13])
+
+
+def part(batch: Batch, rows: slice) -> Batch:
+    return Batch(
+        hr_u8=batch.hr_u8[rows],
+        lq_u8=batch.lq_u8[rows],
+        samples=batch.samples[rows],
+        keys=batch.keys[rows],
+    )
+
+
+def weights(state: TrainState) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in state.model.named_parameters()}
+
+
+def test_the_loss_falls_on_one_repeated_batch() -> None:
+    # N = 1: the target is the HR image itself, so the loss cannot fall by the target's coming nearer.
+    optim = replace(OPTIM, ct_steps=100, lr=2e-3)
+    recipe = replace(RECIPE, optim=optim, schedule=ScheduleConfig(s0=1, s1=1))
+    state, batch = build_state(filled_model(), optim), part(BATCH, slice(2))
+    losses = [train_step(state, batch, recipe, distance)["ct_loss"].item() for _ in range(15)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_every_parameter_moves_and_the_average_follows_in_closed_form() -> None:
+    optim = replace(OPTIM, ema_decay=0.75)
+    state = build_state(filled_model(), optim)
+    start, visited = weights(state), []
+    for _ in range(4):
+        train_step(state, part(BATCH, slice(2)), replace(RECIPE, optim=optim), distance)
+        visited.append(weights(state))
+    assert state.global_step == 4
+    assert [name for name in start if torch.equal(start[name], visited[0][name])] == []
+    for name, averaged in state.ema_model.named_parameters():
+        p_1, p_2, p_3, p_4 = (each[name] for each in visited)
+        expected = 0.75**3 * p_1 + 0.25 * (0.75**2 * p_2 + 0.75 * p_3 + p_4)
+        torch.testing.assert_close(averaged.detach(), expected)
+
+
+def test_the_learning_rate_is_halved_once() -> None:
+    recipe = replace(RECIPE, optim=replace(OPTIM, lr=1e-3, lr_halve_at=1))
+    state, rates = build_state(filled_model(), recipe.optim), []
+    for _ in range(3):
+        train_step(state, part(BATCH, slice(1)), recipe, distance)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == [1e-3, 5e-4, 5e-4]
+
+
+def test_the_second_phase_adds_dtm_and_renews_its_copy() -> None:
+    state, copies = build_state(filled_model(), OPTIM), []
+    for step in range(OPTIM.total_steps):
+        before = weights(state)
+        losses = train_step(state, part(BATCH, slice(2)), RECIPE, distance)
+        assert [name for name, p in weights(state).items() if torch.equal(before[name], p)] == []
+        assert ("dtm_loss" in losses) == (step >= 2)
+        if step >= 2:
+            assert losses["dtm_loss"] > 0
+            torch.testing.assert_close(losses["loss"], losses["ct_loss"] + losses["dtm_loss"])
+        copies.append(state.dtm_model)
+        if step in (2, 4):
+            assert state.dtm_model is not None
+            assert all(torch.equal(p, before[name]) for name, p in state.dtm_model.named_parameters())
+    assert copies[:2] == [None, None]
+    assert copies[2] is copies[3]
+    assert copies[4] is copies[5]
+    assert copies[3] is not copies[4]
+
+
+def test_dtm_changes_the_gradient() -> None:
+    state = build_state(filled_model(), OPTIM)
+    ct = train_step(state, part(BATCH, slice(2)), RECIPE, distance)["grad_norm"]
+    other = build_state(filled_model(), OPTIM)
+    other.refresh_dtm_model()
+    both = train_step(other, part(BATCH, slice(2)), RECIPE, distance)["grad_norm"]
+    assert abs(both / ct - 1) > 1e-3
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(phase: int) -> None:
+    def broken(a: Tensor, b: Tensor) -> Tensor:
+        return distance(a, b) / 0
+
+    state = build_state(filled_model(), OPTIM)
+    for _ in range(phase):
+        train_step(state, part(BATCH, slice(2)), RECIPE, distance)
+    before = {name: value.clone() for name, value in state_tensors(state).items()}
+    average = {name: value.clone() for name, value in state.ema_model.state_dict().items()}
+    named = r"samples \[10, 11\], images \['picture10\.png', 'picture11\.png'\]"
+    message = rf"gradient of step {phase} is not finite .*{named}"
+    with pytest.raises(FloatingPointError, match=message):
+        train_step(state, part(BATCH, slice(2)), RECIPE, broken)
+    after = state_tensors(state)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert all(torch.equal(value, average[name]) for name, value in state.ema_model.state_dict().items())
+
+
+def test_noise_belongs_to_the_sample_not_to_its_batch() -> None:
+    whole = sample_noise(BATCH, 7, "ct")
+    assert whole.shape == (4, 3, 64, 64)
+    assert torch.equal(sample_noise(part(BATCH, slice(1, 3)), 7, "ct"), whole[1:3])
+    shuffled = [2, 0, 3, 1]
+    regrouped = replace(part(BATCH, slice(4)), samples=[BATCH.samples[i] for i in shuffled])
+    assert torch.equal(sample_noise(regrouped, 7, "ct"), whole[shuffled])
+
+
+def test_noise_differs_by_sample_seed_and_purpose() -> None:
+    whole = sample_noise(BATCH, 7, "ct")
+    others = [whole[1], sample_noise(BATCH, 8, "ct")[0], sample_noise(BATCH, 7, "dtm")[0]]
+    assert all(abs((whole[0] * other).mean()) < 0.05 for other in others)
+    assert abs(whole.mean()) < 0.02
+    assert abs(whole.std() - 1) < 0.02
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_losses_of_the_parts_average_to_that_of_the_whole(step: int) -> None:
+    state = build_state(filled_model(), OPTIM)
+    state.global_step = step
+    state.refresh_dtm_model()
+    with torch.no_grad():
+        whole = compute_losses(state, BATCH, RECIPE, distance)
+        halves = [
+            compute_losses(state, part(BATCH, rows), RECIPE, distance) for rows in (slice(2), slice(2, 4))
+        ]
+    for name, value in whole.items():
+        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, value, rtol=1e-5, atol=1e-7)
+
+
+def test_prediction_and_target_share_the_dropout_mask() -> None:
+    # Levels (i/N)^0.0001: all but the first are almost equal, so x_n and x_{n+1} are almost the same point,
+    # and only another mask could set pred and target apart.
+    recipe = replace(RECIPE, schedule=ScheduleConfig(s0=1000, s1=1000, noise_rho=1e-4, res_rho=1e-4))
+    state = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
+    batch = part(BATCH, slice(2))
+    state.model.train()
+    losses = compute_losses(state, batch, recipe, distance)
+    x, lq = torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 16, 16)
+    apart = (state.model(x, torch.tensor(1.0), lq) - state.model(x, torch.tensor(1.0), lq)).abs().mean()
+    assert losses["charbonnier"] < 0.05 * apart
+
+
+def test_dropout_does_not_depend_on_what_ran_before() -> None:
+    results = []
+    for draws in (0, 3):
+        torch.rand(draws)
+        state = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
+        results.append(train_step(state, part(BATCH, slice(2)), RECIPE, distance)["loss"])
+    assert results[0] == results[1]

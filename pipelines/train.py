@@ -211,8 +211,8 @@ def _initial_state(config: RunConfig) -> TrainState:
     model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
     assert isinstance(model, ConsistencyModel)
     state = build_state(model, config.optim, parallel)
-    # Not `ray.train.get_checkpoint`: of a checkpoint that is stored but that Ray has not yet counted when a worker
-    # dies, the data stream would know and the workers would not.
+    # Not `ray.train.get_checkpoint`: of a checkpoint that is stored, but that Ray has not counted yet when a
+    # worker dies, the data stream would know and the workers would not.
     if found := newest_checkpoint(config.run_uri):
         with local_checkpoint(found) as folder:
             ema, _ = checkpoint.load_model(folder)

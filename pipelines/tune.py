@@ -132,8 +132,8 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue) -> Search:
     trials = sorted(
         (
             _trial(result.config, result.metrics)
-            for result in results
-            if result.metrics and "lpips" in result.metrics
+            for result in (results[index] for index in range(len(results)))
+            if result.config and result.metrics and "lpips" in result.metrics
         ),
         key=lambda trial: (-trial.step, trial.lpips, -trial.psnr_y),
     )

@@ -252,6 +252,7 @@ def test_the_config_is_in_the_folder_of_the_run(good: list[str]) -> None:
 
 
 def test_a_run_does_not_continue_with_another_config(refused: Refused, good: list[str]) -> None:
+    good.append("optim.lr=0.002")
     before = config_of(good)
     write_checkpoint(before, f"{before.run_uri}/checkpoint_1")
     message = refused(train, *good, "network.num_blocks=2", "optim.lr=0.5")

@@ -75,8 +75,8 @@ def dtm_range(config: LossConfig, num_steps: int) -> tuple[int, int]:
     enough = math.ceil(100 * (low + 1) / (num_steps + 1)) / 100
     check(
         low < high,
-        f"loss.dtm_t_min={config.dtm_t_min} and loss.dtm_t_max={config.dtm_t_max} leave no step to compare on "
-        f"a trajectory of {num_steps} steps. Raise dtm_t_max to {enough:.2f} or more.",
+        f"loss.dtm_t_min={config.dtm_t_min} and loss.dtm_t_max={config.dtm_t_max} leave no step to "
+        f"compare on a trajectory of {num_steps} steps. Raise dtm_t_max to {enough:.2f} or more.",
     )
     return low, high
 

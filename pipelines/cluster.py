@@ -2,10 +2,13 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+
+from ctmsr.errors import UserError
 
 from .storage import STORAGE_ENV
 
@@ -25,6 +28,20 @@ _LEAST_CPUS = 4
 """CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
 
 
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator:  # "local" and "auto" name no host
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}). Start one, correct the address, or "
+            "unset RAY_ADDRESS to use this machine alone."
+        ) from error
+
+
 @contextmanager
 def ray_cluster() -> Iterator[None]:
     """Connects for the length of a `with` block; if Ray is connected already, it is left as it is."""
@@ -36,6 +53,7 @@ def ray_cluster() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local")
     # Ray turns token authentication on by itself; that it warns of this is no news to the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    _check_reachable(address)
     ray.init(
         address=address,
         num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1) if address == "local" else None,

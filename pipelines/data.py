@@ -52,7 +52,11 @@ class DataConfig:
     eval_crop_size: int = 256
     """Side of the middle of a held-out picture that is evaluated, in HR pixels; a multiple of the scale."""
 
+    eval_draws: int = 1
+    """Ways in which every held-out picture is degraded; more make scores steadier and take longer."""
+
     def __post_init__(self) -> None:
+        check(self.eval_draws >= 1, f"data.eval_draws must be at least 1, got {self.eval_draws}.")
         check(
             self.eval_crop_size >= 32, f"data.eval_crop_size must be at least 32, got {self.eval_crop_size}."
         )
@@ -140,12 +144,24 @@ def train_stream(
 
 
 def val_samples(
-    uri: str, refs: Sequence[ImageRef], *, hr_crop_size: int, scale: int, degradation: DegradationConfig
+    uri: str,
+    refs: Sequence[ImageRef],
+    *,
+    hr_crop_size: int,
+    num_draws: int,
+    scale: int,
+    degradation: DegradationConfig,
 ) -> ray.data.Dataset:
-    """The middle of every picture, degraded alike every time and in every run; columns as `train_stream`."""
-    blocks = ray.data.range(len(refs), override_num_blocks=-(-len(refs) // _VAL_BLOCK_ROWS))
+    """The middle of every picture, degraded in `num_draws` ways, alike every time and in every run.
+
+    Columns are those of `train_stream`; the draws of a picture follow each other.
+    """
+    num_rows = len(refs) * num_draws
+    blocks = ray.data.range(num_rows, override_num_blocks=-(-num_rows // _VAL_BLOCK_ROWS))
     source = _source(uri, refs, hr_crop_size, scale, degradation)
-    return _configured(blocks.map_batches(partial(_val_rows, source=source), batch_size=None))
+    return _configured(
+        blocks.map_batches(partial(_val_rows, source=source, num_draws=num_draws), batch_size=None)
+    )
 
 
 def execution_options() -> ray.data.ExecutionOptions:
@@ -203,6 +219,9 @@ def _configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
+    # With it, tasks that wait for a slow trainer keep Ray Data's scheduling loop spinning: half a core lost.
+    # What it would bound, the data made ahead, is bounded by _ROUND_BLOCKS.
+    context.op_resource_reservation_enabled = False
     context.execution_options = execution_options()
     return dataset
 
@@ -214,12 +233,13 @@ def _train_rows(rows: Rows, *, source: _Source, seed: int) -> Rows:
     return _make_rows(samples, epochs, pictures, random_crop, source, seed)
 
 
-def _val_rows(rows: Rows, *, source: _Source) -> Rows:
+def _val_rows(rows: Rows, *, source: _Source, num_draws: int) -> Rows:
     def middle(hr_u8: np.ndarray, size: int, _: np.random.Generator, *, name: str) -> np.ndarray:
         return center_crop(hr_u8, size, name=name)
 
     samples = rows["id"]
-    return _make_rows(samples, np.zeros_like(samples), samples, middle, source, _VAL_SEED)
+    pictures, draws = np.divmod(samples, num_draws)
+    return _make_rows(samples, draws, pictures, middle, source, _VAL_SEED)
 
 
 def _make_rows(

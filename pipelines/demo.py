@@ -103,7 +103,10 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         with progress_line() as progress:
             outcome = train(found.config, inputs, progress)
 
-        announce("evaluate", "three photographs that nothing was trained on or chosen by")
+        announce(
+            "evaluate",
+            f"{len(test_refs)} photographs that nothing was trained on or chosen by",
+        )
         evaluation = evaluate(found.config, outcome.checkpoint_uri, test_refs)
         write_report(found.config, outcome.checkpoint_uri, evaluation)
 

@@ -27,7 +27,7 @@ from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
 from .command import root_cause, run
 from .config import RunConfig
-from .data import check_images, val_samples
+from .data import DataConfig, check_images, val_samples
 from .storage import ImageRef, download_folder, list_images, newest_checkpoint, write_bytes
 
 EXAMPLES = """\
@@ -106,22 +106,25 @@ def evaluate(config: RunConfig, checkpoint_uri: str, refs: tuple[ImageRef, ...])
         num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu)
     )
     try:
-        return ray.get(
-            task.remote(trained, config.data.test_uri, refs, config.data.eval_crop_size, model.state_dict())
-        )
+        return ray.get(task.remote(trained, config.data, refs, model.state_dict()))
     except ray.exceptions.RayError as error:
         raise UserError(f"evaluation failed. {root_cause(error)}") from error
 
 
 @ray.remote
 def _evaluate_remotely(
-    trained: RunConfig, uri: str, refs: tuple[ImageRef, ...], crop_size: int, weights: dict[str, Tensor]
+    trained: RunConfig, data: DataConfig, refs: tuple[ImageRef, ...], weights: dict[str, Tensor]
 ) -> Evaluation:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ConsistencyModel(trained.network)
     model.load_state_dict(weights)
     samples = val_samples(
-        uri, refs, hr_crop_size=crop_size, scale=trained.network.scale, degradation=trained.degradation
+        data.test_uri,
+        refs,
+        hr_crop_size=data.eval_crop_size,
+        num_draws=data.eval_draws,
+        scale=trained.network.scale,
+        degradation=trained.degradation,
     )
     lpips = load_lpips("alex").to(device)
     return score(
@@ -162,7 +165,9 @@ def find_checkpoint(config: RunConfig) -> str:
 def table(evaluation: Evaluation) -> str:
     """The mean scores of ours and bicubic as lines of text."""
     means = evaluation.means
-    lines = [f"{'':10}{'PSNR-Y dB':>10}{'SSIM-Y':>9}{'LPIPS':>9}   {len(evaluation.rows)} held-out pictures"]
+    lines = [
+        f"{'':10}{'PSNR-Y dB':>10}{'SSIM-Y':>9}{'LPIPS':>9}   mean of {len(evaluation.rows)} held-out samples"
+    ]
     for name, prefix in (("bicubic", "bicubic_"), ("ours", "")):
         psnr, ssim, lpips = (means[f"{prefix}{metric}"] for metric in ("psnr_y", "ssim_y", "lpips"))
         lines.append(f"{name:10}{psnr:>10.2f}{ssim:>9.4f}{lpips:>9.4f}")

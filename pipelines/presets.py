@@ -8,6 +8,7 @@ from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import OptimConfig
 
 from .config import RunConfig, TrainConfig, TuneConfig
+from .data import DataConfig
 
 
 def published() -> RunConfig:
@@ -18,6 +19,7 @@ def published() -> RunConfig:
 def small() -> RunConfig:
     """The same method for two CPU cores and minutes: 0.6 M parameters, 16 -> 64, two workers."""
     return RunConfig(
+        data=DataConfig(eval_draws=4),
         network=NetworkConfig(
             lq_size=16,
             model_channels=32,
@@ -28,13 +30,13 @@ def small() -> RunConfig:
             dropout=0.0,
         ),
         # Minutes are too short to follow a long trajectory from unit noise: little noise, and 1 step, then 2.
-        schedule=ScheduleConfig(sigma_max=0.03, s0=1, s1=2),
-        loss=LossConfig(lpips_weight=0.2, dtm_t_max=0.7),
+        schedule=ScheduleConfig(sigma_max=0.02, s0=1, s1=2),
+        loss=LossConfig(lpips_weight=0.1, dtm_weight=0.2, dtm_t_max=0.7),
         optim=OptimConfig(
-            ct_steps=200,
+            ct_steps=220,
             dtm_steps=20,
-            lr=3e-3,
-            lr_halve_at=150,
+            lr=2e-3,
+            lr_halve_at=170,
             betas=(0.9, 0.99),
             ema_decay=0.97,
             dtm_refresh_steps=10,
@@ -45,14 +47,14 @@ def small() -> RunConfig:
             use_gpu=False,
             cpus_per_worker=0.5,
             log_every_steps=5,
-            checkpoint_every_steps=110,
+            checkpoint_every_steps=120,
         ),
         tune=TuneConfig(
             num_trials=3,
             max_concurrent=2,
             ct_steps=24,
             dtm_steps=0,
-            sigma_max=(0.01, 0.1),
+            sigma_max=(0.015, 0.03),
             s0=(1, 2),
             s1=(2,),
         ),

@@ -151,6 +151,7 @@ def build_trainer(
             config.data.val_uri,
             inputs.val_refs,
             hr_crop_size=config.data.eval_crop_size,
+            num_draws=config.data.eval_draws,
             scale=config.network.scale,
             degradation=config.degradation,
         )

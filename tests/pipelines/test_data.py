@@ -123,9 +123,10 @@ def test_a_stream_without_end_is_never_made_as_a_whole(pictures: tuple[str, tupl
 def test_held_out_pictures_are_the_same_every_time(
     pictures: tuple[str, tuple[ImageRef, ...]], photos: dict[str, bytes]
 ) -> None:
-    held_out = val_samples(*pictures, **LOOK)
+    held_out = val_samples(*pictures, **LOOK, num_draws=2)
     first = by_sample(batches(held_out))
-    assert [key for key, _, _ in first.values()] == sorted(photos)
+    assert [key for key, _, _ in first.values()] == [key for key in sorted(photos) for _ in range(2)]
+    assert len({lq for _, _, lq in first.values()}) == 2 * len(photos)
     for key, hr, _ in first.values():
         assert hr == center_crop(decode(photos[key], name=key), 64, name=key).tobytes()
     assert by_sample(batches(held_out, size=2)) == first

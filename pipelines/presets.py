@@ -17,7 +17,7 @@ def published() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """The same method for two CPU cores and minutes: 0.6 M parameters, 16 -> 64, two workers."""
+    """The same method for two CPU cores and minutes: 1.0 M parameters, 16 -> 64, two workers."""
     return RunConfig(
         data=DataConfig(eval_draws=4),
         network=NetworkConfig(

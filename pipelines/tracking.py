@@ -164,15 +164,20 @@ def tracked_run(
             )
 
 
-def end_children(tracking_uri: str, experiment_id: str, parent_run_id: str) -> None:
-    """Ends the runs below a parent that still run: those of trials that were stopped with their process."""
+def finish_children(
+    tracking_uri: str, experiment_id: str, parent_run_id: str, failed: Callable[[str], bool]
+) -> None:
+    """Marks the runs below a parent FINISHED, but those whose name `failed` knows.
+
+    A scheduler stops a trial with its process: the run's own end is then RUNNING or FAILED, by chance.
+    """
     client = connect(tracking_uri)
-    below = f"tags.mlflow.parentRunId = '{parent_run_id}' and attributes.status = 'RUNNING'"
     try:
-        for run in client.search_runs([experiment_id], below):
-            client.set_terminated(run.info.run_id)
+        for run in client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{parent_run_id}'"):
+            if not failed(run.info.run_name):
+                client.set_terminated(run.info.run_id)
     except (MlflowException, SQLAlchemyError) as error:
-        logger.warning("MLflow still shows stopped trials as running: %s", _short(error))
+        logger.warning("MLflow shows a wrong status for stopped trials: %s", _short(error))
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

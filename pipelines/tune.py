@@ -21,7 +21,7 @@ from .command import run
 from .config import RunConfig, TuneConfig
 from .progress import progress_line
 from .storage import open_uri, write_bytes
-from .tracking import end_children, ensure_experiment, tracked_run
+from .tracking import ensure_experiment, finish_children, tracked_run
 from .train import Inputs, build_trainer, check_inputs, fit
 
 EXAMPLES = """\
@@ -34,6 +34,7 @@ RANGES = ("sigma_max", "noise_rho", "res_rho")
 CHOICES = ("s0", "s1")
 NUM_REPORTS = 4
 """Evaluations of a trial, at which ASHA may stop it."""
+_TRIAL = "trial-"
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,18 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue) -> Search:
                 name=folder, storage_path=storage_path, storage_filesystem=file_system, verbose=0
             ),
         ).fit()
-        end_children(inputs.tracking_uri, experiment_id, parent_run_id)
+        ended = [results[index] for index in range(len(results))]
+        failed = " ".join(result.path for result in ended if result.error)  # a path holds the trial's id
+        finish_children(
+            inputs.tracking_uri,
+            experiment_id,
+            parent_run_id,
+            lambda name: name.removeprefix(_TRIAL) in failed,
+        )
     trials = sorted(
         (
             _trial(result.config, result.metrics)
-            for result in (results[index] for index in range(len(results)))
+            for result in ended
             if result.config and result.metrics and "lpips" in result.metrics
         ),
         key=lambda trial: (-trial.step, trial.lpips, -trial.psnr_y),
@@ -165,7 +173,7 @@ def table(trials: list[Trial]) -> str:
 def _run_trial(
     schedule: Mapping[str, Any], config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
 ) -> None:
-    trial = trial_config(config, schedule, f"trial-{tune.get_context().get_trial_id()}")
+    trial = trial_config(config, schedule, f"{_TRIAL}{tune.get_context().get_trial_id()}")
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
     with tracked_run(
         inputs.tracking_uri,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -30,10 +29,11 @@ from .cluster import ray_cluster
 from .command import root_cause, run
 from .config import RunConfig
 from .data import check_images, execution_options, train_stream, val_samples
-from .evaluate import local_checkpoint, score
-from .progress import Progress, progress_line
+from .evaluate import local_checkpoint
+from .monitor import Monitor
+from .progress import progress_line
 from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes, write_bytes
-from .tracking import MetricLogger, ensure_experiment, preflight, tracked_run
+from .tracking import ensure_experiment, preflight, tracked_run
 
 EXAMPLES = """\
   a small model from a folder of photos, on this machine:
@@ -187,7 +187,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     state = _initial_state(config)
     lpips = load_lpips("vgg").to(device)
-    monitor = _Monitor(config, loop) if is_leader else None
+    monitor = Monitor(config, loop) if is_leader else None
     batches = _batches(config, device)
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
@@ -239,7 +239,7 @@ def _batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
         assert num_batches, "the stream ended before the run"
 
 
-def _report(config: RunConfig, state: TrainState, monitor: "_Monitor | None") -> None:
+def _report(config: RunConfig, state: TrainState, monitor: Monitor | None) -> None:
     """Rank 0 scores and saves the EMA weights; every rank reports, which makes the checkpoint count."""
     if monitor is None:
         ray.train.report({"step": state.global_step})
@@ -255,68 +255,6 @@ def _report(config: RunConfig, state: TrainState, monitor: "_Monitor | None") ->
             train_state=state_tensors(state),
         )
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-class _Monitor:
-    """Rank 0's view of the run: the progress line, MLflow, and the score of the EMA weights."""
-
-    def __init__(self, config: RunConfig, loop: Mapping[str, Any]) -> None:
-        self._config = config
-        self._queue: Queue = loop["progress"]
-        self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"])
-        self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
-        self._lpips = load_lpips("alex").to(ray.train.torch.get_device())
-        self._restart_clock()
-
-    def step(self, state: TrainState, losses: Mapping[str, torch.Tensor], waited_s: float) -> None:
-        """Counts one step; every log_every_steps, says how it goes."""
-        self._num_steps += 1
-        self._waited_s += waited_s
-        step, total = state.global_step, self._config.optim.total_steps
-        if self._num_steps < self._config.train.log_every_steps and step < total:
-            return
-        step_s = (time.monotonic() - self._started) / self._num_steps
-        values = {name: value.item() for name, value in losses.items()}
-        speed = {
-            "images_per_s": self._config.train.global_batch_size / step_s,
-            "data_wait": self._waited_s / self._num_steps / step_s,
-        }
-        self._queue.put_nowait(
-            Progress(
-                name=self._config.name,
-                phase="DTM" if "dtm_loss" in values else "CT",
-                step=step,
-                total_steps=total,
-                loss=values["loss"],
-                eta_s=(total - step) * step_s,
-                **speed,
-            )
-        )
-        self._mlflow.log(values | speed | {"lr": state.optimizer.param_groups[0]["lr"]}, step)
-        self._restart_clock()
-
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Scores the EMA weights on the held-out pictures, and shows them in MLflow."""
-        started = time.monotonic()
-        evaluation = score(
-            state.ema_model.eval(),
-            self._held_out,
-            sigma_max=self._config.schedule.sigma_max,
-            lpips=self._lpips,
-        )
-        self._mlflow.log(
-            {f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step
-        )
-        self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
-        self._started += time.monotonic() - started  # not a part of the step rate
-        return evaluation.means
-
-    def close(self) -> None:
-        """Waits for MLflow."""
-        self._mlflow.close()
-
-    def _restart_clock(self) -> None:
-        self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
 
 
 def _steps_done(config: RunConfig) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -124,7 +125,8 @@ def steps_of(client: MlflowClient, run: Run, metric: str) -> list[int]:
 
 
 def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:
-    tasks = list_tasks(limit=1000, filters=[("state", "=", "FINISHED")], detail=False)
+    address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
+    tasks = list_tasks(address, limit=1000, filters=[("state", "=", "FINISHED")], detail=False)
     names = [task.name for task in tasks]
     assert any("MapBatches(_train_rows)" in name for name in names), sorted(set(names))
     assert any("MapBatches(_val_rows)" in name for name in names), sorted(set(names))

@@ -105,7 +105,7 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
 
         announce(
             "evaluate",
-            f"{len(test_refs)} photographs that nothing was trained on or chosen by",
+            f"{len(test_refs)} photographs that were not trained on",
         )
         evaluation = evaluate(found.config, outcome.checkpoint_uri, test_refs)
         write_report(found.config, outcome.checkpoint_uri, evaluation)

@@ -28,6 +28,8 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 TRAIN_STATE_FILE = "train_state.safetensors"
 MANIFEST_FILE = "checkpoint.json"
+CURRENT_WEIGHTS = "model."
+"""Prefix of the weights that are trained, beside the EMA, among the tensors of TRAIN_STATE_FILE."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,10 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Consis
         ) from error
     model = ConsistencyModel(config)
     weights = load_file(folder / MODEL_FILE)
-    differences = _differences(model.state_dict(), weights)
-    if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+    if found := differences(model.state_dict(), weights):
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CheckpointError(
-            f"checkpoint {folder} is of another shape than its config: {'; '.join(differences[:5])}{more}. "
+            f"checkpoint {folder} is of another shape than its config: {'; '.join(found[:5])}{more}. "
             "Use the config it was trained with."
         )
     model.load_state_dict(weights)
@@ -154,6 +155,24 @@ def load_train_state(folder: Path) -> dict[str, Tensor]:
             "released, not resumed. Use a checkpoint from the run's own folder."
         )
     return load_file(folder / TRAIN_STATE_FILE)
+
+
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Where two state dicts differ in names, shapes or dtypes, in words, in a stable order."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    extra = [f"{name} is not in the network" for name in sorted(found) if name not in expected]
+    common = [(name, found[name], tensor) for name, tensor in expected.items() if name in found]
+    misshaped = [
+        f"{name} has shape {tuple(got.shape)} instead of {tuple(tensor.shape)}"
+        for name, got, tensor in common
+        if got.shape != tensor.shape
+    ]
+    mistyped = [
+        f"{name} is {got.dtype} instead of {tensor.dtype}"
+        for name, got, tensor in common
+        if got.dtype != tensor.dtype
+    ]
+    return missing + extra + misshaped + mistyped
 
 
 def _parse_manifest(folder: Path) -> Manifest:
@@ -194,18 +213,6 @@ def _verify(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
             f"checkpoint {folder} is damaged: the SHA-256 of {name} is not the one in {MANIFEST_FILE}. "
             "Copy it again or use an earlier checkpoint."
         )
-
-
-def _differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Where two state dicts differ in names or shapes, in words, in a stable order."""
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    extra = [f"{name} is not in the network" for name in sorted(found) if name not in expected]
-    misshaped = [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    return missing + extra + misshaped
 
 
 def _sha256(path: Path) -> str:

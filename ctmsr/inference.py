@@ -1,14 +1,38 @@
 """One-step super-resolution of one picture of any size, tiling included."""
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .config import check
 from .image import to_tensor, to_u8, upsample
 from .network import ConsistencyModel
 from .rng import sample_seed
 
 NOISE_BLOCK_PX = 256  # part of what a seed means: another value is another noise field
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """How a picture is upscaled. By default it is the network's own pixels, as in the published inference."""
+
+    tile: int = 256
+    """Largest side given to the network, in LQ pixels; the published network takes about 3 GB for 256."""
+    overlap: int = 64
+    """Least overlap of neighbouring tiles, in LQ pixels."""
+    colour_hold_px: float = 0.0
+    """Where above 0, colour and brightness are held to the input's: frequencies below a Gaussian of this
+    standard deviation, in LQ pixels, are the input's, the others the network's."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.colour_hold_px <= 64,
+            f"inference.colour_hold_px must be in [0, 64], got {self.colour_hold_px}.",
+        )
 
 
 @torch.inference_mode()
@@ -18,8 +42,7 @@ def upscale(
     *,
     sigma_max: float,
     seed: int = 0,
-    tile: int = 256,
-    overlap: int = 64,
+    config: InferenceConfig = InferenceConfig(),
 ) -> np.ndarray:
     """f(lq_up + sigma_max · eps, sigma_max, lq): one network call a tile (arXiv:2503.20349).
 
@@ -33,16 +56,14 @@ def upscale(
         lq_u8: uint8 (h, w, 3), RGB, sides from 1 up.
         sigma_max: Noise level of the trajectory's LR end that the model was trained with.
         seed: Picks the noise; the same seed gives the same picture.
-        tile: Largest side given to the network, in LQ pixels; rounded down to the network's multiple. The
-            published network takes about 3 GB for a tile of 256; for the published inference's 512, about 11.
-        overlap: Least overlap of neighbouring tiles, in LQ pixels.
+        config: Tiles, rounded down to the network's multiple, and colour.
 
     Returns:
         uint8 (scale·h, scale·w, 3).
 
     Raises:
-        ValueError: The array is not such a picture, `model` is in training mode, or `tile` does not exceed
-            `overlap` by the network's multiple.
+        ValueError: The array is not such a picture, or `model` is in training mode.
+        ConfigError: The tile does not exceed the overlap by the network's multiple.
     """
     if lq_u8.dtype != np.uint8 or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
         raise ValueError(f"lq_u8 must be uint8 of shape (h, w, 3), got {lq_u8.dtype} {lq_u8.shape}.")
@@ -57,8 +78,9 @@ def upscale(
     lq_up = upsample(lq, scale)
     sigma = torch.tensor([sigma_max], dtype=torch.float32)
     device = next(model.parameters()).device
-    rows = tile_spans(lq.shape[2], tile=tile, overlap=overlap, multiple=multiple)
-    columns = tile_spans(lq.shape[3], tile=tile, overlap=overlap, multiple=multiple)
+    rows, columns = (
+        tile_spans(side, tile=config.tile, overlap=config.overlap, multiple=multiple) for side in lq.shape[2:]
+    )
     sr = torch.empty_like(lq_up[0])
     for top, bottom in rows:
         band = torch.empty_like(sr[:, scale * top : scale * bottom])
@@ -66,8 +88,10 @@ def upscale(
             y, x = slice(scale * top, scale * bottom), slice(scale * left, scale * right)
             x_t = lq_up[:, :, y, x] + sigma_max * position_noise(seed, y, x)
             out = model(x_t.to(device), sigma.to(device), lq[:, :, top:bottom, left:right].to(device))
-            _cross_fade(band, out[0].cpu(), scale * left, scale * overlap, axis=2)
-        _cross_fade(sr, band, scale * top, scale * overlap, axis=1)
+            _cross_fade(band, out[0].cpu(), scale * left, scale * config.overlap, axis=2)
+        _cross_fade(sr, band, scale * top, scale * config.overlap, axis=1)
+    if config.colour_hold_px:
+        sr += _low_pass(lq_up[0] - sr, scale * config.colour_hold_px)
     sr_u8: np.ndarray = to_u8(sr[None, :, : scale * height, : scale * width])[0]
     return sr_u8
 
@@ -82,15 +106,15 @@ def tile_spans(side: int, *, tile: int, overlap: int, multiple: int) -> list[tup
         multiple: What the network's sides must be a multiple of.
 
     Raises:
-        ValueError: `tile` does not exceed `overlap` by `multiple`.
+        ConfigError: `tile` does not exceed `overlap` by `multiple`.
     """
     size = tile // multiple * multiple
     stride = (size - overlap) // multiple * multiple
-    if overlap < 0 or stride <= 0:
-        raise ValueError(
-            f"tile must exceed overlap by at least {multiple}, the network's multiple, and overlap must not "
-            f"be negative; got tile {tile}, overlap {overlap}."
-        )
+    check(
+        overlap >= 0 and stride > 0,
+        f"inference.tile must exceed inference.overlap by at least {multiple}, the network's multiple, and "
+        f"overlap must not be negative; got tile {tile}, overlap {overlap}.",
+    )
     if side <= size:
         return [(0, side)]
     starts = [*range(0, side - size, stride), side - size]
@@ -137,3 +161,13 @@ def _cross_fade(canvas: Tensor, piece: Tensor, start: int, overlap: int, *, axis
     seam.lerp_(piece.narrow(axis, 0, overlap), weight.expand_as(seam))
     rest = piece.shape[axis] - overlap
     canvas.narrow(axis, start + overlap, rest).copy_(piece.narrow(axis, overlap, rest))
+
+
+def _low_pass(image: Tensor, std_px: float) -> Tensor:
+    """Gaussian blur of (C, H, W), cut at three standard deviations, the edge pixels repeated outwards."""
+    radius = math.ceil(3 * std_px)
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std_px) ** 2)
+    weights = (weights / weights.sum()).reshape(1, 1, 1, -1)
+    for _ in range(2):  # along the rows, then, transposed, along the columns
+        image = F.conv2d(F.pad(image[:, None], (radius, radius, 0, 0), mode="replicate"), weights)[:, 0].mT
+    return image

@@ -118,6 +118,6 @@ def dtm_loss(
         fake = dtm_model(trajectory_point(sr, lq_up, noise, alpha, sigma), sigma, lq)
         real = dtm_model(trajectory_point(hr, lq_up, noise, alpha, sigma), sigma, lq)
         direction = fake - real
-        weight = 1 / (sr - hr).abs().mean(dim=(1, 2, 3))
+        weight = 1 / (sr - hr).abs().mean(dim=(1, 2, 3)).clamp_min(1e-6)  # sr may hit hr exactly
         goal = sr - direction
     return config.lpips_weight * config.dtm_weight * (weight * lpips(sr, goal)).mean()

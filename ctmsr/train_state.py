@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .checkpoint import CURRENT_WEIGHTS
 from .config import check
 from .network import ConsistencyModel
 
@@ -88,7 +89,7 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
     """Everything of `state` but the EMA weights, as the flat tensors that `checkpoint.save` takes."""
-    tensors = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    tensors = {f"{CURRENT_WEIGHTS}{name}": value for name, value in state.model.state_dict().items()}
     tensors["ema.n_averaged"] = state.ema.n_averaged
     if state.dtm_model is not None:
         tensors |= {f"dtm.{name}": value for name, value in state.dtm_model.state_dict().items()}
@@ -105,7 +106,7 @@ def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str
         ema: The checkpoint's model.
         tensors: From `state_tensors`.
     """
-    state.model.load_state_dict(_section(tensors, "model."))
+    state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS))
     state.ema_model.load_state_dict(ema.state_dict())
     state.ema.n_averaged.copy_(tensors["ema.n_averaged"])
     if frozen := _section(tensors, "dtm."):

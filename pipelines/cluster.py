@@ -18,6 +18,7 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else a search ends on Ctrl-C as if it had finished
     # Ray warns at every further worker process past this number, though a search needs dozens of idle ones.
     "RAY_worker_maximum_startup_concurrency": "64",
     # Ray Train's `report` waits for its controller's next poll: 2 s apart by default.

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ctmsr.config import check
 from ctmsr.degradation import DegradationConfig
+from ctmsr.inference import InferenceConfig, tile_spans
 from ctmsr.losses import LossConfig, dtm_range
 from ctmsr.network import NetworkConfig
 from ctmsr.schedule import ScheduleConfig, curriculum_steps
@@ -113,6 +114,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
 
@@ -126,6 +128,12 @@ class RunConfig:
             self.data.eval_crop_size % self.network.scale == 0,
             f"data.eval_crop_size ({self.data.eval_crop_size}) must be a multiple of network.scale "
             f"({self.network.scale}).",
+        )
+        tile_spans(
+            self.network.multiple,
+            tile=self.inference.tile,
+            overlap=self.inference.overlap,
+            multiple=self.network.multiple,
         )
         if self.optim.dtm_steps:
             ends = (self.optim.ct_steps, self.optim.total_steps - 1)

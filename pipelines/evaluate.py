@@ -18,7 +18,7 @@ from ctmsr import checkpoint
 from ctmsr.config import check, from_dict
 from ctmsr.errors import CheckpointError, UserError
 from ctmsr.image import encode_png, to_tensor, to_u8, upsample
-from ctmsr.inference import upscale
+from ctmsr.inference import InferenceConfig, upscale
 from ctmsr.metrics import lpips_alex, psnr_y, ssim_y
 from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import Lpips, load_lpips
@@ -57,7 +57,12 @@ class Evaluation:
 
 
 def score(
-    model: ConsistencyModel, rows: Iterable[Mapping[str, Any]], *, sigma_max: float, lpips: Lpips
+    model: ConsistencyModel,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    sigma_max: float,
+    inference: InferenceConfig,
+    lpips: Lpips,
 ) -> Evaluation:
     """Upscales every row's "lq" in one step, with noise seed 0, and compares with its "hr".
 
@@ -65,6 +70,7 @@ def score(
         model: In eval mode.
         rows: With "key", "hr" and "lq" (uint8 HWC), as `data.val_samples` gives them.
         sigma_max: Noise level at the LR end of the model's trajectory.
+        inference: Tiles and colour.
         lpips: LPIPS-alex, on any device.
     """
     table: list[dict[str, Any]] = []
@@ -72,7 +78,7 @@ def score(
     for row in rows:
         hr_u8, lq_u8 = row["hr"], row["lq"]
         images = {
-            "": upscale(model, lq_u8, sigma_max=sigma_max),
+            "": upscale(model, lq_u8, sigma_max=sigma_max, config=inference),
             "bicubic_": to_u8(upsample(to_tensor(lq_u8[None]), model.config.scale))[0],
         }
         scores: dict[str, Any] = {"key": str(row["key"])}
@@ -128,7 +134,11 @@ def _evaluate_remotely(
     )
     lpips = load_lpips("alex").to(device)
     return score(
-        model.eval().to(device), samples.iter_rows(), sigma_max=trained.schedule.sigma_max, lpips=lpips
+        model.eval().to(device),
+        samples.iter_rows(),
+        sigma_max=trained.schedule.sigma_max,
+        inference=trained.inference,
+        lpips=lpips,
     )
 
 

@@ -64,6 +64,7 @@ class Monitor:
             state.ema_model.eval(),
             self._held_out,
             sigma_max=self._config.schedule.sigma_max,
+            inference=self._config.inference,
             lpips=self._lpips,
         )
         self._mlflow.log(

@@ -22,8 +22,9 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from ctmsr import checkpoint
+from ctmsr.config import from_dict
 from ctmsr.errors import TrackingError
-from ctmsr.inference import upscale
+from ctmsr.inference import InferenceConfig, upscale
 
 from .cli import config_parser, print_config, resolve
 from .command import run
@@ -164,7 +165,8 @@ def _release(source: Path, target: Path, example: np.ndarray) -> np.ndarray:
     model, manifest = checkpoint.load_model(source, device)
     checkpoint.save(target, model=model.state_dict(), config=manifest.config, meta=manifest.meta)
     sigma_max = manifest.config["schedule"]["sigma_max"]
-    return np.stack([upscale(model, lq_u8, sigma_max=sigma_max) for lq_u8 in example])
+    inference = from_dict(InferenceConfig, manifest.config.get("inference", {}))
+    return np.stack([upscale(model, lq_u8, sigma_max=sigma_max, config=inference) for lq_u8 in example])
 
 
 def _log_model(

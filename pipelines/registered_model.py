@@ -28,20 +28,21 @@ class UpscaleModel(PythonModel):
         """Imports the shipped package and loads the verified weights."""
         package = _import_package(Path(context.artifacts["ctmsr"]))
         checkpoint = importlib.import_module(f"{package}.checkpoint")
-        self._upscale = importlib.import_module(f"{package}.inference").upscale
+        from_dict = importlib.import_module(f"{package}.config").from_dict
+        inference = importlib.import_module(f"{package}.inference")
+        self._upscale = inference.upscale
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model, manifest = checkpoint.load_model(Path(context.artifacts["checkpoint"]), device)
         self._sigma_max = manifest.config["schedule"]["sigma_max"]
+        self._inference = from_dict(inference.InferenceConfig, manifest.config.get("inference", {}))
 
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> np.ndarray:
         """Upscales each picture by itself, with the same noise: what else is in the batch changes nothing."""
         seed = int((params or {}).get("seed", 0))
-        pictures = [
-            self._upscale(self._model, lq_u8, sigma_max=self._sigma_max, seed=seed) for lq_u8 in model_input
-        ]
-        return np.stack(pictures)
+        settings = {"sigma_max": self._sigma_max, "config": self._inference, "seed": seed}
+        return np.stack([self._upscale(self._model, lq_u8, **settings) for lq_u8 in model_input])
 
 
 def _import_package(folder: Path) -> str:

@@ -1,9 +1,12 @@
 """Train a model, CT then DTM, on Ray Train workers: `python -m pipelines.train --help`."""
 
 import json
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,16 @@ EXAMPLES = """\
 
 The same command again continues a run that stopped."""
 
-FREE_TO_CHANGE = ("train.", "tune.", "storage_uri", "tracking_uri", "experiment", "model_name", "data.")
+FREE_TO_CHANGE = (
+    "train.",
+    "tune.",
+    "storage_uri",
+    "tracking_uri",
+    "experiment",
+    "model_name",
+    "inference.",
+    "data.",
+)
 """Keys that may differ when a run continues: they do not change what is computed."""
 
 
@@ -117,12 +129,28 @@ def fit(trainer: TorchTrainer) -> ray.train.Result:
         UserError: Workers failed more often than train.max_failures; the message is their error alone.
     """
     try:
-        return trainer.fit()
+        with _keyboard_interrupt():
+            return trainer.fit()
     except ray.train.WorkerGroupError as error:
         causes = {f"rank {rank}: {root_cause(failure)}" for rank, failure in error.worker_failures.items()}
         raise UserError(f"training failed. {' '.join(sorted(causes))}") from error
     except ray.train.ControllerError as error:
         raise UserError(f"training failed. {root_cause(error)}") from error
+
+
+@contextmanager
+def _keyboard_interrupt() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: Ray Train's own handler exits with 0, and outlives its run."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stopped:
+        raise KeyboardInterrupt from stopped
+    finally:
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # a trial runs in another, without a handler
+            signal.signal(signal.SIGINT, before)
 
 
 def build_trainer(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ctmsr.errors import ConfigError
 from ctmsr.image import to_tensor, to_u8, upsample
-from ctmsr.inference import position_noise, tile_spans, upscale
+from ctmsr.inference import InferenceConfig, position_noise, tile_spans, upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
 
 TINY = NetworkConfig(
@@ -88,7 +89,8 @@ def test_the_cut_leaves_no_trace(tile: int, overlap: int) -> None:
     lq_u8 = picture(90, 131)
     whole, cut = Pointwise().eval(), Pointwise().eval()
     expected = upscale(whole, lq_u8, sigma_max=1.0, seed=3)  # type: ignore[arg-type]
-    tiled = upscale(cut, lq_u8, sigma_max=1.0, seed=3, tile=tile, overlap=overlap)  # type: ignore[arg-type]
+    config = InferenceConfig(tile=tile, overlap=overlap)
+    tiled = upscale(cut, lq_u8, sigma_max=1.0, seed=3, config=config)  # type: ignore[arg-type]
     assert whole.seen == [(96, 144)]
     assert len(cut.seen) > 1
     assert max(max(shape) for shape in cut.seen) <= tile
@@ -96,7 +98,8 @@ def test_the_cut_leaves_no_trace(tile: int, overlap: int) -> None:
 
 
 def test_neighbours_fade_linearly_over_the_overlap() -> None:
-    sr_u8 = upscale(TileNumber().eval(), picture(16, 48), sigma_max=1.0, tile=32, overlap=16)  # type: ignore[arg-type]
+    config = InferenceConfig(tile=32, overlap=16)
+    sr_u8 = upscale(TileNumber().eval(), picture(16, 48), sigma_max=1.0, config=config)  # type: ignore[arg-type]
     row = sr_u8[0, :, 0].astype(int)
     assert np.array_equal(row[:64], np.zeros(64))
     assert np.array_equal(row[128:], np.full(64, 255))
@@ -151,9 +154,41 @@ def test_refuses_a_model_with_dropout_on() -> None:
         upscale(ConsistencyModel(TINY), picture(4, 4), sigma_max=1.0)
 
 
+class Tinted(nn.Module):
+    """The bicubic picture, brighter, of less contrast, under a checkerboard of one-pixel squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = TINY
+        self.contrast = nn.Parameter(torch.tensor(0.8))
+
+    def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
+        rows, columns = torch.meshgrid(torch.arange(x.shape[2]), torch.arange(x.shape[3]), indexing="ij")
+        return self.contrast * upsample(lq, 4) + 0.15 + 0.1 * (1 - 2 * ((rows + columns) % 2))
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 44), (1, 1), (1, 30)])
+def test_colour_is_held_to_the_inputs_and_detail_to_the_networks(height: int, width: int) -> None:
+    rows, columns = np.ogrid[:height, :width]
+    smooth = 128 + 60 * np.sin(rows / 9)[..., None] * np.cos(columns / 8)[..., None] * np.array([1, 0.5, -1])
+    lq_u8 = smooth.round().astype(np.uint8)
+    free, held = (
+        upscale(Tinted().eval(), lq_u8, sigma_max=0.0, config=config).astype(float)  # type: ignore[arg-type]
+        for config in (InferenceConfig(), InferenceConfig(colour_hold_px=2.0))
+    )
+    bicubic = to_u8(upsample(to_tensor(lq_u8[None]), 4))[0].astype(float)
+    shift = np.abs((held - bicubic).reshape(height * 2, 2, width * 2, 2, 3).mean((1, 3)))
+    assert np.abs(free - bicubic).mean() > 15
+    assert shift.mean() < 3
+    square = (
+        held[::2, ::2] - held[::2, 1::2]
+    )  # a white square less its black neighbour: 0.2 of the range of 2
+    assert abs(square.mean() - 0.2 * 127.5) < 1
+
+
 @pytest.mark.parametrize(("tile", "overlap"), [(15, 0), (32, 32), (32, 17), (32, -1)])
 def test_refuses_a_tile_that_does_not_exceed_its_overlap(
     network: ConsistencyModel, tile: int, overlap: int
 ) -> None:
-    with pytest.raises(ValueError, match="tile must exceed overlap"):
-        upscale(network, picture(4, 4), sigma_max=1.0, tile=tile, overlap=overlap)
+    with pytest.raises(ConfigError, match=r"tile must exceed inference\.overlap"):
+        upscale(network, picture(4, 4), sigma_max=1.0, config=InferenceConfig(tile=tile, overlap=overlap))

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import textwrap
 import types
 import typing
@@ -142,6 +143,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             pairs = zip(kinds, value, strict=True)
             return tuple(_convert(kind, v, f"{path}[{i}]") for i, (kind, v) in enumerate(pairs))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        check(math.isfinite(value), f"{path} must be a finite number, got {value!r}.")
         return float(value)
     if hint in (int, bool, str) and type(value) is hint:
         return value

@@ -39,8 +39,9 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
         DataError: The bytes are empty, damaged, truncated or no such picture; there are more than
             `MAX_PIXELS` pixels; or the pixels have no fixed white level (32-bit integer, float).
     """
+    buffer = io.BytesIO(data)
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(buffer, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS}. "
@@ -52,8 +53,9 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
     except (
         Exception
     ) as error:  # on damaged bytes Pillow's readers raise anything from OSError to struct.error
+        reason = str(error).replace(f" {buffer!r}", "")
         raise DataError(
-            f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {error}). "
+            f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {reason}). "
             f"It must be a complete file of one of {', '.join(_FORMATS)}. Replace it or leave it out."
         ) from error
 

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import torch
 
+from ctmsr.config import check
 from ctmsr.errors import UserError
 
+from .config import TrainConfig
 from .storage import STORAGE_ENV
 
 _QUIET = {
@@ -27,6 +30,21 @@ _QUIET = {
 
 _LEAST_CPUS = 4
 """CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
+
+
+def check_gpus(train: TrainConfig) -> None:
+    """Ray would wait for ever for GPUs that a private cluster cannot get; another cluster may yet grow.
+
+    Raises:
+        ConfigError: This machine has fewer than train.num_workers.
+    """
+    private = not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "local") == "local"
+    found = torch.cuda.device_count()
+    check(
+        not (train.use_gpu and private) or found >= train.num_workers,
+        f"train.use_gpu with train.num_workers={train.num_workers} needs as many GPUs, and this machine has "
+        f"{found}. Set train.use_gpu=false, fewer workers, or RAY_ADDRESS to a cluster that has them.",
+    )
 
 
 def _check_reachable(address: str) -> None:

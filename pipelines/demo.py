@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,22 +18,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import boto3
-import cv2
 import numpy as np
 
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.degradation import degrade
-from ctmsr.image import center_crop, decode, encode_png, to_tensor, to_u8, upsample
+from ctmsr.image import center_crop, decode, encode_png
 from ctmsr.rng import sample_rng
 
 from .cluster import ray_cluster
 from .command import run
 from .config import RunConfig
-from .evaluate import evaluate, table, write_report
+from .evaluate import evaluate, local_checkpoint, side_by_side, table, write_report
 from .presets import PRESETS
 from .progress import progress_line
 from .register import CHAMPION, register
-from .storage import download_folder, list_images
+from .storage import list_images
 from .train import check_inputs, train
 from .tune import check_space, search
 from .tune import table as trial_table
@@ -43,16 +41,17 @@ BUCKET = "ctmsr-demo"
 PHOTOS = {  # motorcycle_left and _right show one scene, so they stay together
     "train": (
         "astronaut.png",
+        "brick.png",
+        "camera.png",
         "coffee.png",
-        "hubble_deep_field.jpg",
+        "grass.png",
+        "gravel.png",
         "motorcycle_left.png",
         "motorcycle_right.png",
-        "retina.jpg",
     ),
     "val": ("rocket.jpg",),
     "test": ("chelsea.png", "china.jpg", "flower.jpg"),
 }
-SHOWN = "chelsea.png"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,18 +102,14 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         with progress_line() as progress:
             outcome = train(found.config, inputs, progress)
 
-        announce(
-            "evaluate",
-            f"{len(test_refs)} photographs that were not trained on",
-        )
+        announce("evaluate", f"{len(test_refs)} photographs that were not trained on")
         evaluation = evaluate(found.config, outcome.checkpoint_uri, test_refs)
         write_report(found.config, outcome.checkpoint_uri, evaluation)
 
     announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
-    with tempfile.TemporaryDirectory() as scratch:
-        download_folder(outcome.checkpoint_uri, Path(scratch))
+    with local_checkpoint(outcome.checkpoint_uri) as folder:
         register(
-            Path(scratch),
+            folder,
             tracking_uri=inputs.tracking_uri,
             model_name=config.model_name,
             run_id=outcome.run_id,
@@ -129,19 +124,26 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
 
 
 def upscale_in_new_process(config: RunConfig, output: Path) -> Path:
-    """Degrades a held-out photograph, has the champion upscale it, and shows both beside bicubic and HR."""
-    scale, size = config.network.scale, config.data.eval_crop_size
-    hr_u8 = center_crop(decode(_photo(SHOWN), name=SHOWN), size, name=SHOWN)
-    lq_u8 = degrade(hr_u8, scale=scale, config=config.degradation, rng=sample_rng(0, 0, SHOWN, "demo"))
-    lq_file = output / "lq.png"
-    lq_file.write_bytes(encode_png(lq_u8))
-    command = ["-m", "pipelines.upscale", str(lq_file), "--output", str(output)]
+    """Degrades the held-out photographs, has the champion upscale them, and shows each beside HR."""
+    lq_folder = output / "lq"
+    lq_folder.mkdir()
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in PHOTOS["test"]:
+        hr_u8 = center_crop(decode(_photo(name), name=name), config.data.eval_crop_size, name=name)
+        rng = sample_rng(0, 0, name, "demo")
+        lq_u8 = degrade(hr_u8, scale=config.network.scale, config=config.degradation, rng=rng)
+        pairs[Path(name).stem] = (hr_u8, lq_u8)
+        (lq_folder / f"{Path(name).stem}.png").write_bytes(encode_png(lq_u8))
+    command = ["-m", "pipelines.upscale", str(lq_folder), "--output", str(output)]
     subprocess.run([sys.executable, *command, "--tracking-uri", config.tracking_uri], check=True)
-    sr_u8 = decode((output / f"lq_x{scale}.png").read_bytes(), name="the champion's picture")
-    bicubic_u8 = to_u8(upsample(to_tensor(lq_u8[None]), scale))[0]
-    blocky = cv2.resize(lq_u8, (size, size), interpolation=cv2.INTER_NEAREST)
+    rows = [
+        side_by_side(
+            hr_u8, lq_u8, decode((output / f"{stem}_x{config.network.scale}.png").read_bytes(), name=stem)
+        )
+        for stem, (hr_u8, lq_u8) in pairs.items()
+    ]
     picture = output / "comparison.png"
-    picture.write_bytes(encode_png(np.hstack([blocky, bicubic_u8, sr_u8, hr_u8])))
+    picture.write_bytes(encode_png(np.vstack(rows)))
     return picture
 
 

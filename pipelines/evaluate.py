@@ -79,7 +79,7 @@ def score(
         hr_u8, lq_u8 = row["hr"], row["lq"]
         images = {
             "": upscale(model, lq_u8, sigma_max=sigma_max, config=inference),
-            "bicubic_": to_u8(upsample(to_tensor(lq_u8[None]), model.config.scale))[0],
+            "bicubic_": bicubic(lq_u8, model.config.scale),
         }
         scores: dict[str, Any] = {"key": str(row["key"])}
         for prefix, sr_u8 in images.items():
@@ -88,10 +88,20 @@ def score(
             scores[f"{prefix}lpips"] = lpips_alex(sr_u8, hr_u8, lpips)
         table.append(scores)
         if len(pictures) < MAX_GRID_ROWS:
-            height, width = hr_u8.shape[:2]
-            blocky = cv2.resize(lq_u8, (width, height), interpolation=cv2.INTER_NEAREST)
-            pictures.append(np.hstack([blocky, images["bicubic_"], images[""], hr_u8]))
+            pictures.append(side_by_side(hr_u8, lq_u8, images[""]))
     return Evaluation(table, np.vstack(pictures))
+
+
+def bicubic(lq_u8: np.ndarray, scale: int) -> np.ndarray:
+    """The baseline: uint8 HWC, `scale` times as large."""
+    return to_u8(upsample(to_tensor(lq_u8[None]), scale))[0]
+
+
+def side_by_side(hr_u8: np.ndarray, lq_u8: np.ndarray, sr_u8: np.ndarray) -> np.ndarray:
+    """LR | bicubic | ours | HR, all at the size of HR."""
+    height, width = hr_u8.shape[:2]
+    blocky = cv2.resize(lq_u8, (width, height), interpolation=cv2.INTER_NEAREST)
+    return np.hstack([blocky, bicubic(lq_u8, height // len(lq_u8)), sr_u8, hr_u8])
 
 
 def evaluate(config: RunConfig, checkpoint_uri: str, refs: tuple[ImageRef, ...]) -> Evaluation:

@@ -28,7 +28,7 @@ from ctmsr.train_state import TrainState, build_state, restore_state, state_tens
 from ctmsr.train_step import Batch, train_step
 
 from .cli import config_parser, print_config, resolve
-from .cluster import ray_cluster
+from .cluster import check_gpus, ray_cluster
 from .command import root_cause, run
 from .config import RunConfig
 from .data import check_images, execution_options, train_stream, val_samples
@@ -88,6 +88,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     Raises:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
+    check_gpus(config.train)
     train_refs, val_refs = list_images(config.data.train_uri), list_images(config.data.val_uri)
     check_images(config.data.train_uri, train_refs, hr_crop_size=config.network.hr_size)
     check_images(config.data.val_uri, val_refs, hr_crop_size=config.data.eval_crop_size)

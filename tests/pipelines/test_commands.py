@@ -138,8 +138,10 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
     [
         ("schedule.sigma_mx=1", "unknown config key schedule.sigma_mx. Did you mean sigma_max?"),
         ("schedule.sigma_max=0", "schedule.sigma_max must be in (0, 10], got 0.0."),
-        ("schedule.sigma_max=NaN", "schedule.sigma_max must be in (0, 10], got nan."),
+        ("schedule.sigma_max=NaN", "schedule.sigma_max must be a finite number, got nan."),
         ("train.num_workers=3", "must be a multiple of train.num_workers (3)"),
+        ("optim.weight_decay=Infinity", "optim.weight_decay must be a finite number, got inf."),
+        ("inference.tile=64", "inference.tile must exceed inference.overlap by at least"),
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),
         ("network=3", "network is a section, not a value."),
         ("seed", "--set takes key=value, such as schedule.rho=3, got 'seed'."),
@@ -152,6 +154,16 @@ def test_a_setting_that_is_not_allowed(
     refused: Refused, command: ModuleType, setting: str, message: str
 ) -> None:
     assert message in refused(command, setting)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpus_that_this_machine_has_not(
+    refused: Refused, good: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the cluster of other tests may be up
+    for command in (train, tune):
+        message = refused(command, *good, "train.use_gpu=true")
+        assert "train.use_gpu with train.num_workers=2 needs as many GPUs, and this machine has 0." in message
 
 
 def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
@@ -259,7 +271,7 @@ def test_a_run_does_not_continue_with_another_config(refused: Refused, good: lis
     assert "(network.num_blocks: 1 -> 2, optim.lr: 0.002 -> 0.5)" in message
     assert "set another name to start a new run" in message
     message = refused(train, *good, "train.global_batch_size=32")
-    assert "(train.global_batch_size: 16 -> 32)" in message
+    assert "(train.global_batch_size: 4 -> 32)" in message
     check_inputs(config_of([*good, "train.num_workers=4", "train.max_failures=0"]))
 
 

@@ -25,9 +25,11 @@ TINY = {
 pytestmark = pytest.mark.slow
 
 
-def start(output: Path, marker: str) -> subprocess.Popen[str]:
+def start(output: Path, marker: str, **settings: int) -> subprocess.Popen[str]:
     """The demo with next to no training, in a process group of its own, its environment marked."""
-    overrides = [argument for key, value in TINY.items() for argument in ("--set", f"{key}={value}")]
+    overrides = [
+        argument for key, value in (TINY | settings).items() for argument in ("--set", f"{key}={value}")
+    ]
     return subprocess.Popen(
         [sys.executable, "-m", "pipelines.demo", "--output", str(output), *overrides],
         cwd=ROOT,
@@ -71,18 +73,19 @@ def test_demo_ends_with_a_picture_and_a_table(tmp_path: Path) -> None:
     assert any(line.startswith("bicubic ") for line in lines)
     assert any(line.startswith("ours ") for line in lines)
     picture = decode((tmp_path / "comparison.png").read_bytes(), name="comparison.png")
-    assert picture.shape == (64, 4 * 64, 3)
-    panels = np.split(picture, 4, axis=1)
-    assert len({panel.tobytes() for panel in panels}) == 4
+    assert picture.shape == (3 * 64, 4 * 64, 3)
+    panels = [panel for row in np.split(picture, 3) for panel in np.split(row, 4, axis=1)]
+    assert len({panel.tobytes() for panel in panels}) == 12
     assert wait_until_gone(marker) == []
 
 
-def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["trial-", "demo"])
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, stage: str) -> None:
     marker = uuid.uuid4().hex
-    demo = start(tmp_path, marker)
+    demo = start(tmp_path, marker, **{"optim.ct_steps": 300})
     assert demo.stdout is not None
     for line in demo.stdout:
-        if "step" in line and "loss" in line:  # workers are training
+        if line.startswith(stage) and "loss" in line:  # workers are training
             break
     os.killpg(demo.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     text, _ = demo.communicate(timeout=90)

@@ -54,6 +54,7 @@ def run_config(bucket: str, folder: Path, *settings: str) -> RunConfig:
         f"storage_uri={bucket}/runs",
         f"tracking_uri=sqlite:///{folder}/mlflow.db",
         *(f"data.{part}_uri={bucket}/photos" for part in ("train", "val", "test")),
+        "network.lq_size=16",
         "data.eval_crop_size=64",
         "optim.ct_steps=9",
         "optim.dtm_steps=3",
@@ -160,7 +161,8 @@ def test_register_releases_the_bytes_of_the_checkpoint(
     lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)
     with local_checkpoint(trained.outcome.checkpoint_uri) as folder:
         model, _ = checkpoint.load_model(folder)
-    sr_u8 = upscale(model, lq_u8[0], sigma_max=trained.config.schedule.sigma_max, seed=5)
+    sigma_max, inference = trained.config.schedule.sigma_max, trained.config.inference
+    sr_u8 = upscale(model, lq_u8[0], sigma_max=sigma_max, config=inference, seed=5)
     assert np.array_equal(released.predict(lq_u8, params={"seed": 5}), sr_u8[None])
 
 

@@ -42,6 +42,7 @@ def searched(
         f"tracking_uri=sqlite:///{tmp_path_factory.mktemp('tuning')}/mlflow.db",
         f"data.train_uri={bucket}/photos",
         f"data.val_uri={bucket}/photos/rocket.png",
+        "network.lq_size=16",
         "data.eval_crop_size=64",
         "train.global_batch_size=4",
         f"tune.num_trials={NUM_TRIALS}",

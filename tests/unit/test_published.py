@@ -1,4 +1,4 @@
-"""The authors' `.pth` becomes a checkpoint and comes back byte for byte; any other file is refused in words."""
+"""The authors' `.pth` becomes a checkpoint and comes back byte for byte; any other file is refused."""
 
 import io
 import zipfile
@@ -19,7 +19,11 @@ from pipelines.config import RunConfig
 from ..tiny import NETWORK
 
 NETWORK_OPTIONS = [f"--set=network.{key}={value}" for key, value in (("lq_size", 16), ("model_channels", 32))]
-NETWORK_OPTIONS += ["--set=network.channel_mult=[1,2]", "--set=network.num_blocks=1", "--set=network.embed_dim=32"]
+NETWORK_OPTIONS += [
+    "--set=network.channel_mult=[1,2]",
+    "--set=network.num_blocks=1",
+    "--set=network.embed_dim=32",
+]
 NETWORK_OPTIONS += ["--set=network.num_heads=2", "--set=network.dropout=0.0"]
 
 
@@ -47,7 +51,10 @@ def content_of(path: Path) -> dict[tuple[str, str], tuple[torch.dtype, bytes]]:
     """Every tensor's dtype and bytes, in order."""
     weights = torch.load(path, weights_only=True)
     return {
-        (key, name): (value.dtype, value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+        (key, name): (
+            value.dtype,
+            value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"",
+        )
         for key, state in weights.items()
         for name, value in state.items()
     }
@@ -92,10 +99,19 @@ def test_a_released_checkpoint_gives_its_ema_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.conv_last.bias": None}, r"params_ema of .* 1 entries differ: model\.conv_last\.bias is missing"),
+        (
+            {"model.conv_last.bias": None},
+            r"params_ema of .* 1 entries differ: model\.conv_last\.bias is missing",
+        ),
         ({"model.more": torch.zeros(1)}, r"model\.more is not in the network"),
-        ({"model.conv_last.bias": torch.zeros(4)}, r"model\.conv_last\.bias has shape \(4,\) instead of \(3,\)"),
-        ({"model.conv_last.bias": torch.zeros(3).half()}, r"bias is torch\.float16 instead of torch\.float32"),
+        (
+            {"model.conv_last.bias": torch.zeros(4)},
+            r"model\.conv_last\.bias has shape \(4,\) instead of \(3,\)",
+        ),
+        (
+            {"model.conv_last.bias": torch.zeros(3).half()},
+            r"bias is torch\.float16 instead of torch\.float32",
+        ),
     ],
 )
 def test_another_network_is_refused_entry_by_entry(

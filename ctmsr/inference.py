@@ -25,8 +25,7 @@ class InferenceConfig:
     overlap: int = 64
     """Least overlap of neighbouring tiles, in LQ pixels."""
     colour_hold_px: float = 0.0
-    """Where above 0, colour and brightness are held to the input's: frequencies below a Gaussian of this
-    standard deviation, in LQ pixels, are the input's, the others the network's."""
+    """Above 0: structures wider than a Gaussian of this deviation, in LQ pixels, keep the input's colour."""
 
     def __post_init__(self) -> None:
         check(

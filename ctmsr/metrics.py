@@ -26,7 +26,7 @@ def psnr_y(sr_u8: np.ndarray, hr_u8: np.ndarray, *, crop_border: int = 0) -> flo
     """
     with np.errstate(divide="ignore"):  # equal images
         return float(
-            peak_signal_noise_ratio(_luma(hr_u8, crop_border), _luma(sr_u8, crop_border), data_range=255)
+            peak_signal_noise_ratio(luma(hr_u8, crop_border), luma(sr_u8, crop_border), data_range=255)
         )
 
 
@@ -46,8 +46,8 @@ def ssim_y(sr_u8: np.ndarray, hr_u8: np.ndarray, *, crop_border: int = 0) -> flo
     """
     return float(
         structural_similarity(
-            _luma(hr_u8, crop_border),
-            _luma(sr_u8, crop_border),
+            luma(hr_u8, crop_border),
+            luma(sr_u8, crop_border),
             data_range=255,
             gaussian_weights=True,
             sigma=1.5,
@@ -76,7 +76,7 @@ def lpips_alex(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Lpips) -> float:
         return net(to_tensor(sr_u8[None]).to(device), to_tensor(hr_u8[None]).to(device)).item()
 
 
-def _luma(image_u8: np.ndarray, crop_border: int) -> np.ndarray:
+def luma(image_u8: np.ndarray, crop_border: int) -> np.ndarray:
     """float64 (H, W) in 16..235, without the border."""
     _check_rgb_u8(image_u8)
     height, width = image_u8.shape[:2]

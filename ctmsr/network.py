@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import WindowAttentionLayer
 from .config import check
@@ -85,6 +86,8 @@ class ConsistencyModel(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
+        self.bf16 = False
+        """Whether F computes in bfloat16 where that is safe (autocast); weights and results stay float32."""
         self.model = UNet(config)
 
     def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
@@ -99,8 +102,9 @@ class ConsistencyModel(nn.Module):
             float32 images of x's shape. At sigma = 0 exactly x.
         """
         c_skip, c_out, c_noise = preconditioning(sigma.to(x.device, torch.float32).reshape(-1).expand(len(x)))
-        raw = self.model(x, c_noise, lq).float()
-        return expand(c_skip, x) * x.float() + expand(c_out, x) * raw
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            raw = self.model(x, c_noise, lq)
+        return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
 
 
 class UNet(nn.Module):
@@ -112,6 +116,8 @@ class UNet(nn.Module):
         width = c.model_channels
         emb_channels = 4 * width
         self.scale = c.scale
+        self.recompute = False
+        """Whether the backward pass computes blocks again instead of keeping their activations."""
         self.map_layer0 = nn.Linear(width, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         self.up_factors = {2: (2,), 3: (3,), 4: (2, 2)}[c.scale]
@@ -173,7 +179,7 @@ class UNet(nn.Module):
         h = torch.cat([F.pixel_unshuffle(x, self.scale), lq], dim=1)
         skips = []
         for layer in self.enc.values():
-            h = layer(h, emb) if isinstance(layer, ResidualBlock) else layer(h)
+            h = self._block(layer, h, emb) if isinstance(layer, ResidualBlock) else layer(h)
             skips.append(h)
         for name, layer in self.dec.items():
             if not isinstance(layer, ResidualBlock):
@@ -181,11 +187,16 @@ class UNet(nn.Module):
                 continue
             if "_block" in name:
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = layer(h, emb)
+            h = self._block(layer, h, emb)
         for i, factor in enumerate(self.up_factors):
             h = F.interpolate(h, scale_factor=factor, mode="nearest")
             h = F.leaky_relu(self.get_submodule(f"conv_up{i + 1}")(h), 0.2)
         return self.conv_last(h)
+
+    def _block(self, block: "ResidualBlock", h: Tensor, emb: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, h, emb, use_reentrant=False)
+        return block(h, emb)
 
 
 class ResidualBlock(nn.Module):

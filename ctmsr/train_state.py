@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -54,6 +54,17 @@ class OptimConfig:
         return self.ct_steps + self.dtm_steps
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What a message about a step needs."""
+
+    step: int
+    samples: list[int]
+    keys: list[str]
+    losses: dict[str, Tensor]
+    """Scalars, on the device: reading one waits for it."""
+
+
 @dataclass
 class TrainState:
     """All that changes while training."""
@@ -67,6 +78,8 @@ class TrainState:
     """The frozen copy g of the second phase."""
     global_step: int = 0
     """Optimizer updates done."""
+    unchecked: list[StepRecord] = field(default_factory=list)
+    """Steps that have not been asked yet whether their gradient was finite."""
 
     @property
     def ema_model(self) -> ConsistencyModel:

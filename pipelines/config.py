@@ -1,6 +1,7 @@
 """RunConfig: every setting of a run in one place, and the checks that span its parts."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ctmsr.config import check
 from ctmsr.degradation import DegradationConfig
@@ -11,7 +12,37 @@ from ctmsr.schedule import ScheduleConfig, curriculum_steps
 from ctmsr.train_state import OptimConfig
 from ctmsr.train_step import Recipe
 
-from .data import DataConfig
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pictures are: folders, searched at any depth, as s3:// or gs:// URIs or local paths."""
+
+    train_uri: str = "data/train"
+    """Clean pictures to train on; crops are drawn from them."""
+    val_uri: str = "data/val"
+    """Held-out pictures that checkpoints and trials are compared on."""
+    test_uri: str = "data/test"
+    """Held-out pictures for the final evaluation, never used to choose anything; empty where none are."""
+    test_lq_uri: str = ""
+    """LR pictures to evaluate on, whole and as they are, instead of degraded crops; a pair has one key."""
+    eval_crop_size: int = 256
+    """Side of the middle of a held-out picture that is evaluated, in HR pixels; a multiple of the scale."""
+
+    eval_draws: int = 1
+    """Ways in which every held-out picture is degraded; more make scores steadier and take longer."""
+    eval_crop_border: int = 0
+    """Pixels cut from every side before PSNR, SSIM and NIQE; papers cut the scale, or none."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 <= self.eval_crop_border < self.eval_crop_size // 4,
+            f"data.eval_crop_border must be at least 0 and below a quarter of data.eval_crop_size, "
+            f"got {self.eval_crop_border}.",
+        )
+        check(self.eval_draws >= 1, f"data.eval_draws must be at least 1, got {self.eval_draws}.")
+        check(
+            self.eval_crop_size >= 32, f"data.eval_crop_size must be at least 32, got {self.eval_crop_size}."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +57,12 @@ class TrainConfig:
     """One GPU a worker; false trains on CPUs."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray sets aside a worker; what is left makes the data, so leave one CPU or more."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the network's arithmetic: bf16 is autocast, several times as fast on GPUs; losses stay in fp32."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps."""
+    activation_checkpointing: bool = False
+    """Compute blocks again in the backward pass: about a third slower, a fraction of the memory."""
     log_every_steps: int = 50
     """Steps between two progress lines and two points in MLflow."""
     checkpoint_every_steps: int = 5_000

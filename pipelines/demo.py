@@ -28,11 +28,10 @@ from ctmsr.rng import sample_rng
 from .cluster import ray_cluster
 from .command import run
 from .config import RunConfig
-from .evaluate import evaluate, local_checkpoint, side_by_side, table, write_report
+from .evaluate import evaluate, find_held_out, local_checkpoint, side_by_side, table, write_report
 from .presets import PRESETS
 from .progress import progress_line
 from .register import CHAMPION, register
-from .storage import list_images
 from .train import check_inputs, train
 from .tune import check_space, search
 from .tune import table as trial_table
@@ -91,7 +90,7 @@ def demo_config(output: Path, overrides: list[str]) -> RunConfig:
 def run_pipelines(config: RunConfig, output: Path) -> Path:
     """tune -> train -> evaluate -> register -> upscale; returns the comparison picture."""
     inputs = check_inputs(config)
-    test_refs = list_images(config.data.test_uri)
+    held_out = find_held_out(config.data)
     with ray_cluster():
         announce("tune", f"{config.tune.num_trials} noise schedules, {config.tune.ct_steps} steps each")
         with progress_line() as progress:
@@ -102,9 +101,9 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         with progress_line() as progress:
             outcome = train(found.config, inputs, progress)
 
-        announce("evaluate", f"{len(test_refs)} photographs that were not trained on")
-        evaluation = evaluate(found.config, outcome.checkpoint_uri, test_refs)
-        write_report(found.config, outcome.checkpoint_uri, evaluation)
+        announce("evaluate", f"{len(held_out.refs)} photographs that were not trained on")
+        evaluation = evaluate(found.config, outcome.checkpoint_uri, held_out)
+        write_report(found.config, outcome.checkpoint_uri, held_out, evaluation)
 
     announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
     with local_checkpoint(outcome.checkpoint_uri) as folder:

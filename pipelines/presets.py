@@ -10,8 +10,7 @@ from ctmsr.network import NetworkConfig
 from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import OptimConfig
 
-from .config import RunConfig, TrainConfig, TuneConfig
-from .data import DataConfig
+from .config import DataConfig, RunConfig, TrainConfig, TuneConfig
 
 
 def published() -> RunConfig:
@@ -69,6 +68,7 @@ def small() -> RunConfig:
             global_batch_size=4,
             num_workers=2,
             use_gpu=False,
+            precision="fp32",
             cpus_per_worker=0.5,
             log_every_steps=5,
             checkpoint_every_steps=120,

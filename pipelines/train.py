@@ -25,7 +25,7 @@ from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import load_lpips
 from ctmsr.rng import sample_seed
 from ctmsr.train_state import TrainState, build_state, restore_state, state_tensors
-from ctmsr.train_step import Batch, train_step
+from ctmsr.train_step import Batch, check_finite, train_step
 
 from .cli import config_parser, print_config, resolve
 from .cluster import check_gpus, ray_cluster
@@ -228,6 +228,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
             monitor.step(state, losses, waited_s)
         done = state.global_step == config.optim.total_steps
         if done or state.global_step % config.train.checkpoint_every_steps == 0:
+            check_finite(state)
             _report(config, state, monitor)
     if monitor:
         monitor.close()
@@ -235,9 +236,12 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
 
 def _initial_state(config: RunConfig) -> TrainState:
     torch.manual_seed(sample_seed(config.seed, "weights"))
-    parallel = ray.train.torch.prepare_model(
-        ConsistencyModel(config.network), parallel_strategy_kwargs={"broadcast_buffers": False}
-    )
+    network = ConsistencyModel(config.network)
+    network.bf16 = config.train.precision == "bf16"
+    network.model.recompute = config.train.activation_checkpointing
+    if config.train.use_gpu:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parallel = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
     model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
     assert isinstance(model, ConsistencyModel)
     state = build_state(model, config.optim, parallel)
@@ -247,6 +251,8 @@ def _initial_state(config: RunConfig) -> TrainState:
         with local_checkpoint(found) as folder:
             ema, _ = checkpoint.load_model(folder)
             restore_state(state, ema, checkpoint.load_train_state(folder))
+    if config.train.compile:
+        state.model.model.compile()
     return state
 
 

@@ -121,3 +121,16 @@ def test_importing_ctmsr_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -
     assert done.stderr == ""
     assert not set(done.stdout.split()) & (INFRASTRUCTURE | {"lpips", "torchvision", "pipelines"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmarks_need_no_ray() -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('ray', 'mlflow'))); "
+    names = ", ".join(f"tests.benchmarks.{path.stem}" for path in modules("tests/benchmarks"))
+    done = subprocess.run(
+        [sys.executable, "-c", f"{blocked}import {names}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

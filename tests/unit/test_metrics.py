@@ -2,12 +2,15 @@
 
 import math
 
+import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from torch.nn import functional
 
 from ctmsr.metrics import lpips_alex, psnr_y, ssim_y
+from ctmsr.niqe import niqe
 from ctmsr.perceptual import Lpips, load_lpips
 
 
@@ -119,3 +122,22 @@ def test_images_that_do_not_match_are_refused(metric: object, alex: Lpips) -> No
 def test_a_border_that_leaves_nothing_is_refused(crop_border: int) -> None:
     with pytest.raises(ValueError, match=rf"32x32 image, got {crop_border}"):
         psnr_y(flat(0, 0, 0), flat(0, 0, 0), crop_border=crop_border)
+
+
+@pytest.mark.parametrize(
+    ("photo", "crop_border", "expected"),
+    [("astronaut", 0, 3.06461), ("chelsea", 0, 2.62554), ("coffee", 4, 4.07943), ("rocket", 4, 6.73312)],
+)
+def test_niqe_agrees_with_basicsr(photo: str, crop_border: int, expected: float) -> None:
+    # Computed with BasicSR 1.4.2 (calculate_niqe, convert_to="y"), which follows the authors' MATLAB release.
+    assert niqe(getattr(skimage.data, photo)(), crop_border=crop_border) == pytest.approx(expected, rel=0.004)
+
+
+def test_niqe_tells_a_photograph_from_a_blurred_one_and_refuses_small_ones() -> None:
+    photo = skimage.data.chelsea()
+    assert niqe(cv2.GaussianBlur(photo, (0, 0), 3)) > niqe(photo) + 1
+    flat_corner = photo.copy()
+    flat_corner[:96, :96] = 128  # a block without any structure counts for nothing
+    assert math.isfinite(niqe(flat_corner))
+    with pytest.raises(ValueError, match="sides of 192 pixels or more"):
+        niqe(photo[:191])

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import TrainState, build_state, state_tensors
-from ctmsr.train_step import Batch, compute_losses, sample_noise, train_step
+from ctmsr.train_state import StepRecord, TrainState, build_state, state_tensors
+from ctmsr.train_step import Batch, check_finite, compute_losses, sample_noise, train_step
 
-from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, make_batch
+from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, flat, make_batch
 
 BATCH = make_batch([10, 11, 12, 13])
 
@@ -101,12 +101,71 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(phase: int) -> No
     before = {name: value.clone() for name, value in state_tensors(state).items()}
     average = {name: value.clone() for name, value in state.ema_model.state_dict().items()}
     named = r"samples \[10, 11\], images \['picture10\.png', 'picture11\.png'\]"
-    message = rf"gradient of step {phase} is not finite .*{named}"
+    message = rf"gradient of step {phase} is not finite .*to blame: lpips, ct_loss.*{named}"
     with pytest.raises(FloatingPointError, match=message):
         train_step(state, part(BATCH, slice(2)), RECIPE, broken)
     after = state_tensors(state)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert all(torch.equal(value, average[name]) for name, value in state.ema_model.state_dict().items())
+
+
+def test_steps_that_were_not_checked_at_once_are_told_apart_later() -> None:
+    state = build_state(filled_model(), OPTIM)
+    for step, norm in enumerate((1.0, float("nan"), float("inf"))):
+        losses = {"lpips": torch.tensor(0.5), "grad_norm": torch.tensor(norm)}
+        state.unchecked.append(StepRecord(step, [step], [f"{step}.png"], losses))
+    named = r"the losses of this worker are finite; samples \[1\], images \['1\.png'\]"
+    with pytest.raises(FloatingPointError, match=rf"gradient of step 1 is not finite .*{named}"):
+        check_finite(state)
+    check_finite(state)  # what was told is told once
+
+
+def test_fused_adamw_leaves_the_weights_alone_where_it_is_told_so() -> None:
+    state = build_state(filled_model(), OPTIM)
+    train_step(state, part(BATCH, slice(1)), RECIPE, distance)
+    before = weights(state)
+    state.optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    train_step(state, part(BATCH, slice(1)), RECIPE, distance)
+    assert all(torch.equal(before[name], value) for name, value in weights(state).items())
+
+
+def gradients(**flags: bool) -> tuple[float, Tensor]:
+    """Loss, and all gradients in a row, of one batch under dropout; `flags` as TrainConfig has them."""
+    state = build_state(filled_model(replace(NETWORK, dropout=0.3)), OPTIM)
+    state.model.train()
+    state.model.bf16 = flags.get("bf16", False)
+    state.model.model.recompute = flags.get("recompute", False)
+    loss = compute_losses(state, part(BATCH, slice(2)), RECIPE, distance)["loss"]
+    loss.backward()
+    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+    return loss.item(), torch.from_numpy(flat(grads))
+
+
+def test_recomputed_activations_change_nothing() -> None:
+    loss, gradient = gradients()
+    again, recomputed = gradients(recompute=True)
+    assert again == loss
+    assert torch.equal(recomputed, gradient)
+
+
+def test_bf16_is_near_fp32() -> None:
+    loss, gradient = gradients()
+    rounded, coarse = gradients(bf16=True)
+    assert rounded == pytest.approx(loss, rel=0.02)
+    assert rounded != loss
+    assert torch.cosine_similarity(gradient, coarse, dim=0) > 0.99
+    assert coarse.norm() == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_takes_the_same_steps() -> None:
+    plain, compiled = build_state(filled_model(), OPTIM), build_state(filled_model(), OPTIM)
+    compiled.model.model.compile()
+    for _ in range(2):
+        expected = train_step(plain, part(BATCH, slice(2)), RECIPE, distance)
+        losses = train_step(compiled, part(BATCH, slice(2)), RECIPE, distance)
+        torch.testing.assert_close(losses["loss"], expected["loss"], rtol=1e-4, atol=0)
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_noise_belongs_to_the_sample_not_to_its_batch() -> None:

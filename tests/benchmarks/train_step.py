@@ -1,0 +1,165 @@
+"""CT training steps, ours against a plain form of them: `python -m tests.benchmarks.train_step --help`.
+
+Needs no Ray. The variants take turns, a step each, and the table holds medians; every variant begins with the
+same weights and gets the same batches, so that after equal steps their losses can be compared.
+"""
+
+import argparse
+import copy
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctmsr.attention import WindowAttention
+from ctmsr.network import ConsistencyModel
+from ctmsr.perceptual import load_lpips
+from ctmsr.train_state import build_state
+from ctmsr.train_step import Batch, train_step
+from pipelines.config import RunConfig
+from pipelines.presets import PRESETS
+
+from .plain import PlainTraining, count_flops
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+"""Of dense bf16, without sparsity, for MFU."""
+Step = Callable[[Batch], float | Tensor]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What ours does beyond the plain form, one measure after the other."""
+
+    name: str
+    channels_last: bool = False
+    bf16: bool = False
+    compile: bool = False
+
+
+OURS = Variant("fused attention, AdamW and EMA; no target call at n = 0; no read")
+GPU = (
+    Variant("+ channels_last", channels_last=True),
+    Variant("+ bf16", channels_last=True, bf16=True),
+    Variant("+ torch.compile", channels_last=True, bf16=True, compile=True),
+)
+
+
+def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig, lpips: torch.nn.Module) -> Step:
+    """A function that makes one update of a copy of `model`."""
+    model = copy.deepcopy(model)
+    model.bf16 = variant.bf16
+    if variant.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = build_state(model, config.optim)
+    if variant.compile:
+        state.model.model.compile()
+    return lambda batch: train_step(state, batch, config.recipe, lpips)["loss"]
+
+
+def batches(config: RunConfig, size: int, device: str) -> Iterator[Batch]:
+    """Endless batches of smooth random pictures, the same every time."""
+    rng = np.random.default_rng(0)
+    hr_size, lq_size = config.network.hr_size, config.network.lq_size
+    for number in range(10**9):
+        coarse = torch.from_numpy(rng.random((size, 3, 16, 16), np.float32))
+        pictures = [
+            torch.nn.functional.interpolate(coarse, side, mode="bicubic") for side in (hr_size, lq_size)
+        ]
+        hr_u8, lq_u8 = ((255 * p).clamp(0, 255).byte().permute(0, 2, 3, 1).to(device) for p in pictures)
+        samples = list(range(number * size, (number + 1) * size))
+        yield Batch(hr_u8=hr_u8, lq_u8=lq_u8, samples=samples, keys=["random"] * size)
+
+
+def measure(
+    steps: dict[str, Step], stream: Iterator[Batch], rounds: int, warm_up: int
+) -> dict[str, tuple[float, list[float]]]:
+    """Median seconds and all losses by variant."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + warm_up):
+        batch = next(stream)
+        for name, step in steps.items():
+            synchronize()
+            started = time.perf_counter()
+            loss = step(batch)
+            synchronize()
+            if number >= warm_up:
+                times[name].append(time.perf_counter() - started)
+            losses[name].append(float(loss))
+    return {name: (statistics.median(times[name]), losses[name]) for name in steps}
+
+
+def synchronize() -> None:
+    """Waits for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.train_step")
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
+    parser.add_argument("--batch", type=int, help="images a step; default: one worker's part")
+    parser.add_argument("--rounds", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--warm-up", type=int, default=3, help="default %(default)s")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
+    )
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(arguments.threads)
+    config = PRESETS[arguments.preset]()
+    size = arguments.batch or config.train.per_worker_batch_size
+    torch.manual_seed(0)
+    model = ConsistencyModel(config.network).to(device)
+    lpips = load_lpips("vgg").to(device)
+    steps: dict[str, Step] = {"plain": PlainTraining(model, config.recipe, lpips).step}
+    for variant in (OURS, *(GPU if device == "cuda" else ())):
+        steps[variant.name] = our_step(variant, model, config, lpips)
+    results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)
+    report(config, model, size, device, results)
+
+
+def report(
+    config: RunConfig,
+    model: ConsistencyModel,
+    size: int,
+    device: str,
+    results: dict[str, tuple[float, list[float]]],
+) -> None:
+    """Prints the table; its last line is the ratio of the last variant."""
+    plain_s, plain_losses = results["plain"]
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    hr, lq = (
+        torch.zeros(1, 3, side, side, device=device)
+        for side in (config.network.hr_size, config.network.lq_size)
+    )
+    forward = count_flops(model.eval(), hr, torch.tensor(1.0), lq)
+    num_attention = sum(isinstance(module, WindowAttention) for module in model.modules())
+    print(f"{machine}, torch {torch.__version__}, batch {size}, {num_attention} attention layers")
+    print(f"{forward / 1e9:.1f} GFLOP a forward pass of one image, LPIPS not counted")
+    print(f"{'':68}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}")
+    for name, (seconds, losses) in results.items():
+        drift = np.mean(losses[-10:]) / np.mean(plain_losses[-10:]) - 1
+        print(
+            f"{name:68}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
+        )
+    seconds, _ = list(results.values())[-1]
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine), None)
+    if peak:  # forward, and twice as much backward
+        print(f"MFU {3 * forward * size / seconds / peak / 1e12:.1%}, LPIPS not counted")
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all variants together")
+    else:
+        print(
+            f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, all together"
+        )
+    print(f"ratio {plain_s / seconds:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ctmsr import checkpoint
 from ctmsr.config import to_dict
@@ -85,6 +86,16 @@ def test_one_picture_with_another_seed(
     expected = upscale(model, PICTURE, sigma_max=0.9, seed=5)
     assert np.array_equal(read(tmp_path / "a_x4.png"), expected)
     assert not np.array_equal(expected, upscale(model, PICTURE, sigma_max=0.9))
+
+
+def test_a_long_narrow_grey_16_bit_picture(registry: list[str], tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 37 * 1000).reshape(37, 1000).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "strip.png")
+    assert main([str(tmp_path / "strip.png"), "--output", str(tmp_path), *registry]) == 0
+    sr_u8 = read(tmp_path / "strip_x4.png")
+    assert sr_u8.shape == (4 * 37, 4 * 1000, 3)
+    rows = sr_u8.reshape(37, 4, -1).mean((1, 2))
+    assert np.all(np.diff(rows) > 0)  # it still brightens from top to bottom: 16 bits were scaled, not cut
 
 
 def test_two_pictures_never_share_a_name(registry: list[str], inputs: Path, tmp_path: Path) -> None:

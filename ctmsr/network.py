@@ -5,6 +5,7 @@ published weights load entry by entry. The blocks are DDPM++ (EDM) residual bloc
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -102,7 +103,7 @@ class ConsistencyModel(nn.Module):
             float32 images of x's shape. At sigma = 0 exactly x.
         """
         c_skip, c_out, c_noise = preconditioning(sigma.to(x.device, torch.float32).reshape(-1).expand(len(x)))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             raw = self.model(x, c_noise, lq)
         return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
 

@@ -57,10 +57,19 @@ def plain_network(model: ConsistencyModel) -> ConsistencyModel:
 
 
 class PlainTraining:
-    """CT steps of a plain network."""
+    """CT steps, plain but for what is asked for."""
 
-    def __init__(self, model: ConsistencyModel, recipe: Recipe, lpips: Distance) -> None:
-        self.model, self.recipe, self.lpips = plain_network(model), recipe, lpips
+    def __init__(
+        self,
+        model: ConsistencyModel,
+        recipe: Recipe,
+        lpips: Distance,
+        *,
+        fused_attention: bool = False,
+        skip_known_target: bool = False,
+    ) -> None:
+        self.model = copy.deepcopy(model) if fused_attention else plain_network(model)
+        self.recipe, self.lpips, self.skip_known_target = recipe, lpips, skip_known_target
         self.ema = copy.deepcopy(self.model)
         optim = recipe.optim
         self.optimizer = torch.optim.AdamW(
@@ -84,9 +93,13 @@ class PlainTraining:
         n = sample_seed(recipe.seed, "n", step) % num_steps
         noise = sample_noise(batch, recipe.seed, "ct")
         mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
-        with torch.no_grad():
-            torch.manual_seed(mask_seed)
-            target = self.model(trajectory_point(hr, lq_up, noise, alphas[n], sigmas[n]), sigmas[n], lq)
+        if n == 0 and self.skip_known_target:
+            target = hr
+        else:
+            with torch.no_grad():
+                torch.manual_seed(mask_seed)
+                x_n = trajectory_point(hr, lq_up, noise, alphas[n], sigmas[n])
+                target = self.model(x_n, sigmas[n], lq)
         torch.manual_seed(mask_seed)
         pred = self.model(trajectory_point(hr, lq_up, noise, alphas[n + 1], sigmas[n + 1]), sigmas[n + 1], lq)
         loss = recipe.loss.lpips_weight * self.lpips(pred, target).mean()

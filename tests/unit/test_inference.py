@@ -12,6 +12,8 @@ from ctmsr.image import to_tensor, to_u8, upsample
 from ctmsr.inference import InferenceConfig, position_noise, tile_spans, upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
 
+from ..tiny import filled_model
+
 TINY = NetworkConfig(
     lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
 )
@@ -184,6 +186,15 @@ def test_colour_is_held_to_the_inputs_and_detail_to_the_networks(height: int, wi
         held[::2, ::2] - held[::2, 1::2]
     )  # a white square less its black neighbour: 0.2 of the range of 2
     assert abs(square.mean() - 0.2 * 127.5) < 1
+
+
+def test_bf16_moves_pixels_by_little() -> None:
+    lq_u8 = picture(20, 24)
+    exact, rounded = (
+        upscale(filled_model().eval(), lq_u8, sigma_max=1.0, config=config).astype(float)
+        for config in (InferenceConfig(), InferenceConfig(precision="bf16"))
+    )
+    assert 0 < np.abs(exact - rounded).mean() < 1.5
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(15, 0), (32, 32), (32, 17), (32, -1)])

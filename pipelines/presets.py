@@ -14,33 +14,15 @@ from .config import DataConfig, RunConfig, TrainConfig, TuneConfig
 
 
 def published() -> RunConfig:
-    """The authors' run: 171.5 M parameters, 64 -> 256, 4 GPUs x 8 images, 500 000 CT + 2 000 DTM steps."""
+    """The authors' run, in bf16: 171.5 M parameters, 64 -> 256, 4 GPUs x 8 images, 500 000 CT + 2 000 DTM."""
     return RunConfig()
 
 
 def small() -> RunConfig:
-    """The same method for two CPU cores and minutes: 1.0 M parameters, 32 -> 128, blur and little noise.
-
-    Minutes teach a network to undo blur, not to tell the noise of the full recipe from texture.
-    """
-    published = DegradationConfig()
+    """The same method for two CPU cores and minutes: 1.0 M parameters, 32 -> 128, mild degradation."""
     return RunConfig(
         data=DataConfig(eval_draws=4),
-        degradation=DegradationConfig(
-            stage1=replace(
-                published.stage1,
-                blur_sigma_px=(1.5, 3.0),
-                sinc_prob=0.0,
-                resize_up_prob=0.0,
-                resize_down_prob=0.0,
-                noise_std=(1 / 255, 5 / 255),
-                poisson_scale=(0.05, 0.1),
-                jpeg_quality=(85.0, 95.0),
-            ),
-            stage2=replace(published.stage2, prob=0.0),
-            final_sinc_prob=0.0,
-            final_jpeg_quality=(85.0, 95.0),
-        ),
+        degradation=_mild_degradation(),
         network=NetworkConfig(
             lq_size=32,
             model_channels=32,
@@ -84,6 +66,26 @@ def small() -> RunConfig:
             s0=(1, 2),
             s1=(2,),
         ),
+    )
+
+
+def _mild_degradation() -> DegradationConfig:
+    """Blur, little noise: minutes teach a network to undo blur, not to tell strong noise from texture."""
+    published = DegradationConfig()
+    return DegradationConfig(
+        stage1=replace(
+            published.stage1,
+            blur_sigma_px=(1.5, 3.0),
+            sinc_prob=0.0,
+            resize_up_prob=0.0,
+            resize_down_prob=0.0,
+            noise_std=(1 / 255, 5 / 255),
+            poisson_scale=(0.05, 0.1),
+            jpeg_quality=(85.0, 95.0),
+        ),
+        stage2=replace(published.stage2, prob=0.0),
+        final_sinc_prob=0.0,
+        final_jpeg_quality=(85.0, 95.0),
     )
 
 

@@ -156,11 +156,11 @@ def test_a_setting_that_is_not_allowed(
     assert message in refused(command, setting)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_this_machine_has_not(
     refused: Refused, good: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # the cluster of other tests may be up
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for command in (train, tune):
         message = refused(command, *good, "train.use_gpu=true")
         assert "train.use_gpu with train.num_workers=2 needs as many GPUs, and this machine has 0." in message

@@ -58,7 +58,7 @@ def small() -> RunConfig:
         tune=TuneConfig(
             num_trials=3,
             max_concurrent=2,
-            ct_steps=24,
+            ct_steps=16,
             dtm_steps=0,
             sigma_max=(0.01, 0.02),
             noise_rho=(0.2, 1.0),

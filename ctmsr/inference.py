@@ -27,7 +27,6 @@ class InferenceConfig:
     """Least overlap of neighbouring tiles, in LQ pixels."""
     colour_hold_px: float = 0.0
     """Above 0: structures wider than a Gaussian of this deviation, in LQ pixels, keep the input's colour."""
-
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's arithmetic: bf16 is faster on GPUs, and moves pixels by about one level of 255."""
 

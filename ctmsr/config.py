@@ -13,7 +13,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import ConfigError
@@ -51,7 +51,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def override(data: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """A copy of nested `data` with `["schedule.rho=3", ...]` applied; values are JSON, else plain strings.
 
     Raises:

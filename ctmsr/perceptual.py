@@ -8,9 +8,10 @@ downloaded here.
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file
@@ -30,6 +31,9 @@ BACKBONE_SHA256: dict[BackboneName, str] = {
 class Lpips(nn.Module):
     """LPIPS between two image batches: frozen, always in eval mode, always in float32."""
 
+    distance: Any
+    """`lpips.LPIPS`, which carries no types."""
+
     def __init__(self, distance: nn.Module) -> None:
         super().__init__()
         self.distance = distance.requires_grad_(False).eval()
@@ -44,8 +48,41 @@ class Lpips(nn.Module):
         Returns:
             float32 of shape (N,), 0 for equal images, larger for less alike ones.
         """
-        with torch.autocast(a.device.type, enabled=False):
-            return self.distance(a.float(), b.float()).flatten()
+        return self._between(self._features(a), self._features(b))
+
+    def anchored(self, a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The same distance for many comparisons with `a`, whose features are computed once, here.
+
+        Args:
+            a: As in `forward`; its gradient sums over the comparisons.
+
+        Returns:
+            A function of (`a` itself, b).
+        """
+        features = self._features(a)
+
+        def from_a(x: Tensor, b: Tensor) -> Tensor:
+            assert x is a, "anchored at another image"
+            return self._between(features, self._features(b))
+
+        return from_a
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Unit vectors over channels at every position, of every layer compared."""
+        from lpips import normalize_tensor  # not at the top: see `_define_missing_torchvision_ops`
+
+        with torch.autocast(images.device.type, enabled=False):
+            layers = self.distance.net(self.distance.scaling_layer(images.float()))
+            return [normalize_tensor(layer) for layer in layers]
+
+    def _between(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """The forward of `lpips.LPIPS`, from its features on: its own computes those of `a` for every `b`."""
+        with torch.autocast(a[0].device.type, enabled=False):
+            parts = [
+                linear((x - y) ** 2).mean(dim=(2, 3))
+                for linear, x, y in zip(self.distance.lins, a, b, strict=True)
+            ]
+        return sum(parts[1:], start=parts[0]).flatten()
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, so that a parent's `train()` does not wake the dropout in the linear layers."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .image import to_tensor, upsample
 from .losses import Distance, LossConfig, consistency_loss, dtm_loss, dtm_range
+from .perceptual import Lpips
 from .rng import sample_seed
 from .schedule import ScheduleConfig, curriculum_steps, trajectory_levels
 from .train_state import OptimConfig, StepRecord, TrainState
@@ -127,6 +128,8 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
         target = hr if n == 0 else state.model(x_n, sigmas[n], lq)  # f(x, 0, y) = x
     torch.manual_seed(mask_seed)
     pred = state.parallel(x_next, sigmas[n + 1], lq)
+    if state.dtm_model is not None and isinstance(lpips, Lpips):
+        lpips = lpips.anchored(pred)  # DTM compares the same prediction again
     losses = consistency_loss(pred, target, lpips, recipe.loss)
     losses["loss"] = losses["ct_loss"]
 

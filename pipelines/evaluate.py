@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ctmsr import checkpoint
-from ctmsr.config import check, from_dict
+from ctmsr.config import check, from_dict, override
 from ctmsr.errors import CheckpointError, UserError
 from ctmsr.image import encode_png, to_tensor, to_u8, upsample
 from ctmsr.inference import InferenceConfig, upscale
@@ -39,8 +39,9 @@ EXAMPLES = """\
   any checkpoint, on pairs of whole pictures as benchmarks have them:
     python -m pipelines.evaluate --checkpoint s3://bucket/runs/first/checkpoint_... \\
         --set data.test_uri=RealSR/HR --set data.test_lq_uri=RealSR/LR
-  on pictures without a reference, by NIQE:
-    python -m pipelines.evaluate --set name=first --set data.test_uri= --set data.test_lq_uri=RealSet65"""
+  on pictures without a reference, by NIQE, with other tiles than the checkpoint's:
+    python -m pipelines.evaluate --set name=first --set data.test_uri= --set data.test_lq_uri=RealSet65 \\
+        --set inference.tile=128"""
 
 MAX_GRID_ROWS = 8
 GRID_PX = 256
@@ -186,15 +187,23 @@ def stack(rows_u8: list[np.ndarray]) -> np.ndarray:
     return np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows_u8])
 
 
-def evaluate(config: RunConfig, checkpoint_uri: str, held_out: HeldOut) -> Evaluation:
+def evaluate(
+    config: RunConfig, checkpoint_uri: str, held_out: HeldOut, overrides: Sequence[str] = ()
+) -> Evaluation:
     """Scores a checkpoint on a test set, in one Ray task that holds the network.
+
+    Args:
+        config: Where and on what to evaluate. The model's own settings are those it was trained with.
+        checkpoint_uri: The checkpoint.
+        held_out: The test set.
+        overrides: KEY=VALUE settings laid over those of the checkpoint, such as inference.tile=128.
 
     Raises:
         UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
     """
     with local_checkpoint(checkpoint_uri) as folder:
         model, manifest = checkpoint.load_model(folder)
-    trained = from_dict(RunConfig, manifest.config)
+    trained = from_dict(RunConfig, override(manifest.config, overrides))
     check(
         config.data.eval_crop_size % trained.network.scale == 0,
         f"data.eval_crop_size ({config.data.eval_crop_size}) must be a multiple of the checkpoint's scale "
@@ -279,8 +288,9 @@ def main(argv: list[str] | None = None) -> int:
         return print_config(config)
     checkpoint_uri = arguments.checkpoint or find_checkpoint(config)
     held_out = find_held_out(config.data)
+    overrides = [text for text in arguments.overrides if text.startswith("inference.")]
     with ray_cluster():
-        evaluation = evaluate(config, checkpoint_uri, held_out)
+        evaluation = evaluate(config, checkpoint_uri, held_out, overrides)
     print(table(evaluation))
     print(f"protocol: {held_out.protocol}")
     print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")

@@ -209,6 +209,11 @@ def test_evaluate_scores_pictures_without_a_reference(
     assert evaluation.means["bicubic_niqe"] == pytest.approx(
         niqe(bicubic(decode(photos["coffee.png"], name="x"), 4))
     )
+    held = evaluate(
+        trained.config, trained.outcome.checkpoint_uri, find_held_out(data), ["inference.colour_hold_px=2"]
+    )
+    assert held.means["bicubic_niqe"] == evaluation.means["bicubic_niqe"]
+    assert held.means["niqe"] != evaluation.means["niqe"]
     assert table(evaluation).splitlines()[0].split() == ["NIQE", "mean", "of", "1", "held-out", "samples"]
 
 

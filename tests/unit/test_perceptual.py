@@ -60,6 +60,21 @@ def test_a_step_against_the_gradient_brings_the_images_closer(vgg: Lpips) -> Non
     assert vgg(a.detach() - 0.1 * gradient / gradient.norm(), b) < before
 
 
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_it_is_the_package_s_distance_to_the_bit_and_anchored_too(net: str) -> None:
+    lpips = load_lpips(net)  # type: ignore[arg-type]
+    a, b = random_pair(num_images=2, size=64)
+    a.requires_grad_()
+    expected = lpips.distance(a, b).flatten()
+    (gradient,) = torch.autograd.grad(2 * expected.sum(), a)
+    assert torch.equal(lpips(a, b), expected)
+    anchored = lpips.anchored(a)
+    first, second = anchored(a, b), anchored(a, b)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+    torch.testing.assert_close(torch.autograd.grad(first.sum() + second.sum(), a)[0], gradient)
+
+
 def test_train_mode_and_autocast_change_nothing(vgg: Lpips) -> None:
     a, b = random_pair()
     expected = vgg(a, b)

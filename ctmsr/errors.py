@@ -13,6 +13,14 @@ class DataError(UserError):
     """An image or the storage that holds it cannot be used."""
 
 
+class PictureError(DataError):
+    """A picture cannot be used; `reason` is the kind of defect, in a word."""
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, incomplete, damaged or of another shape."""
 

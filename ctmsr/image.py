@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import DataError
+from .errors import DataError, PictureError
 
 MAX_PIXELS = 89_478_485
 """Largest picture decoded: Pillow's own threshold for a suspected decompression bomb (256 MiB of RGB)."""
 
 # Named so that Pillow never hands an upload to an interpreter (EPS, PDF) or an exotic parser.
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 
 
 def decode(data: bytes, *, name: str) -> np.ndarray:
@@ -36,28 +36,44 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
         uint8 of shape (height, width, 3), writable.
 
     Raises:
-        DataError: The bytes are empty, damaged, truncated or no such picture; there are more than
-            `MAX_PIXELS` pixels; or the pixels have no fixed white level (32-bit integer, float).
+        PictureError: The bytes are empty, damaged or no such picture ("unreadable"); they end too early
+            ("truncated"); there are more than `MAX_PIXELS` pixels ("bomb"); or the pixels have no fixed white
+            level, as 32-bit integers and floats ("mode"). Damage that leaves a valid stream, such as flipped
+            bits in a JPEG's coefficients, is not an error that a decoder can see.
     """
     buffer = io.BytesIO(data)
     try:
-        with Image.open(buffer, formats=_FORMATS) as image:
+        with Image.open(buffer, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(
+                raise PictureError(
                     f"{name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS}. "
-                    "Downscale it, cut it up, or leave it out."
+                    "Downscale it, cut it up, or leave it out.",
+                    "bomb",
                 )
             return _rgb_u8(ImageOps.exif_transpose(image), name)
-    except DataError:
+    except PictureError:
         raise
     except (
         Exception
     ) as error:  # on damaged bytes Pillow's readers raise anything from OSError to struct.error
-        reason = str(error).replace(f" {buffer!r}", "")
-        raise DataError(
-            f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {reason}). "
-            f"It must be a complete file of one of {', '.join(_FORMATS)}. Replace it or leave it out."
+        said = str(error).replace(f" {buffer!r}", "")
+        raise PictureError(
+            f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {said}). "
+            f"It must be a complete file of one of {', '.join(FORMATS)}. Replace it or leave it out.",
+            _reason(error),
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The kind of defect that one of Pillow's readers met."""
+    if isinstance(error, Image.DecompressionBombError):
+        return "bomb"
+    said = str(error).lower()
+    return (
+        "truncated"
+        if any(word in said for word in ("truncated", "too short", "not enough"))
+        else "unreadable"
+    )
 
 
 def _rgb_u8(image: Image.Image, name: str) -> np.ndarray:
@@ -65,9 +81,10 @@ def _rgb_u8(image: Image.Image, name: str) -> np.ndarray:
         grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
-        raise DataError(
+        raise PictureError(
             f"{name} has pixels of Pillow mode {image.mode!r}, which have no fixed white level. "
-            "Convert it to 8 or 16 bits a channel, or leave it out."
+            "Convert it to 8 or 16 bits a channel, or leave it out.",
+            "mode",
         )
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -122,6 +139,49 @@ def center_crop(hr_u8: np.ndarray, size: int, *, name: str) -> np.ndarray:
     hr_u8 = _reflect_to(hr_u8, size, name)
     top, left = ((side - size) // 2 for side in hr_u8.shape[:2])
     return hr_u8[top : top + size, left : left + size]
+
+
+def paired_crop(
+    hr_u8: np.ndarray,
+    lq_u8: np.ndarray,
+    size: int,
+    *,
+    scale: int,
+    rng: np.random.Generator | None,
+    name: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same place of a picture and of its LR picture: at random, or the middle without `rng`.
+
+    Args:
+        hr_u8: uint8 of shape (height, width, 3).
+        lq_u8: uint8, 1/scale of each side.
+        size: Side of the HR crop in pixels, a multiple of `scale`.
+        scale: HR/LQ ratio.
+        rng: Source of the position.
+        name: Identity of the picture, for the error message.
+
+    Returns:
+        uint8 of shape (size, size, 3) and (size // scale, size // scale, 3).
+
+    Raises:
+        DataError: The sides do not match, or one is shorter than the crop.
+    """
+    (height, width), (lq_height, lq_width) = hr_u8.shape[:2], lq_u8.shape[:2]
+    if (height, width) != (scale * lq_height, scale * lq_width):
+        raise DataError(
+            f"{name} is {width}x{height} pixels and its LR picture {lq_width}x{lq_height}, not {scale} times "
+            "less. Crop it, or leave the pair out."
+        )
+    if min(height, width) < size:
+        raise DataError(
+            f"{name} is {width}x{height} pixels, too small for a paired crop of {size}. Leave the pair "
+            "out or lower the crop size."
+        )
+    spare = [side - size // scale for side in lq_u8.shape[:2]]
+    top, left = (side // 2 if rng is None else int(rng.integers(side + 1)) for side in spare)
+    rows, columns = (slice(start * scale, start * scale + size) for start in (top, left))
+    lq_rows, lq_columns = (slice(start, start + size // scale) for start in (top, left))
+    return hr_u8[rows, columns], lq_u8[lq_rows, lq_columns]
 
 
 def _reflect_to(hr_u8: np.ndarray, size: int, name: str) -> np.ndarray:

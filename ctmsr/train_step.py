@@ -33,6 +33,8 @@ class Batch:
     """Global sample indices: they seed the noise."""
     keys: list[str]
     """Image keys, for messages."""
+    share: float = 1.0
+    """Of this worker's samples, those that are here; the others could not be read and add no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,7 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
             config=recipe.loss,
         )
         losses["loss"] = losses["ct_loss"] + losses["dtm_loss"]
+    losses["loss"] = losses["loss"] * batch.share
     return losses
 
 

@@ -15,7 +15,10 @@ from ctmsr.train_step import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the pictures are: folders, searched at any depth, as s3:// or gs:// URIs or local paths."""
+    """Where the pictures are: folders, searched at any depth, as s3:// or gs:// URIs or local paths.
+
+    A name that ends in .index is an index of such a folder, made by `python -m pipelines.index`.
+    """
 
     train_uri: str = "data/train"
     """Clean pictures to train on; crops are drawn from them."""
@@ -27,17 +30,22 @@ class DataConfig:
     """LR pictures to evaluate on, whole and as they are, instead of degraded crops; a pair has one key."""
     eval_crop_size: int = 256
     """Side of the middle of a held-out picture that is evaluated, in HR pixels; a multiple of the scale."""
-
     eval_draws: int = 1
     """Ways in which every held-out picture is degraded; more make scores steadier and take longer."""
     eval_crop_border: int = 0
     """Pixels cut from every side before PSNR, SSIM and NIQE; papers cut the scale, or none."""
+    max_unreadable: float = 0.001
+    """Share of training pictures that may have become unreadable since they were listed; more end the run."""
 
     def __post_init__(self) -> None:
         check(
             0 <= self.eval_crop_border < self.eval_crop_size // 4,
             f"data.eval_crop_border must be at least 0 and below a quarter of data.eval_crop_size, "
             f"got {self.eval_crop_border}.",
+        )
+        check(
+            0 <= self.max_unreadable < 1,
+            f"data.max_unreadable must be at least 0 and below 1, got {self.max_unreadable}.",
         )
         check(self.eval_draws >= 1, f"data.eval_draws must be at least 1, got {self.eval_draws}.")
         check(

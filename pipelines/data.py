@@ -1,15 +1,16 @@
 """Pictures in storage to pairs (hr, lq): Ray Data tasks fetch, decode, crop and degrade as they are needed.
 
 Which picture, crop and degradation a sample gets is a function of (seed, sample number) alone. The number of
-workers, the layout of blocks and a restart in mid-run change nothing.
+workers, the layout of blocks and a restart in mid-run change nothing. Sample k belongs to epoch
+k // len(pictures), in which every picture comes once, in an order of the epoch's own; a batch may end one
+epoch and begin the next. All workers together have at any step consumed a prefix of the samples, so a
+checkpoint records with one number what each epoch has consumed.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import PurePosixPath
 from typing import Any
 
 import cv2
@@ -21,10 +22,11 @@ from ray.data.block import BlockMetadata
 
 from ctmsr.degradation import DegradationConfig, degrade
 from ctmsr.errors import DataError
-from ctmsr.image import center_crop, decode, random_crop
+from ctmsr.image import center_crop, decode, paired_crop, random_crop
 from ctmsr.rng import permutation, sample_rng
 
-from .storage import ImageRef, open_uri, read_bytes
+from .pictures import Pictures
+from .storage import open_uri, read_bytes
 
 _MIN_BLOCK_ROWS = 40
 """A block costs Ray Data the same whatever it holds: 40 rows gave 1.6 to 2 times the images/s of 20."""
@@ -40,44 +42,49 @@ Rows = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What a task needs to make samples. Arrow arrays reach it through shared memory, without a copy."""
+class _Maker:
+    """What a task needs to make samples of pictures."""
 
-    uri: str
-    keys: pa.Array
-    paths: pa.Array
+    folder: str
+    lq_folder: str
     hr_crop_size: int
     scale: int
     degradation: DegradationConfig
+    seed: int
+    is_middle: bool
+    """Crop the middle instead of a random place."""
 
 
-def check_images(uri: str, refs: Sequence[ImageRef], *, hr_crop_size: int) -> None:
+def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
     """Reads and decodes up to 32 pictures, or 16 spread over a longer list, before anything expensive starts.
 
     Raises:
         DataError: One of them cannot be read or is too small for a crop; all such pictures are counted.
     """
-    if len(refs) > 2 * _CHECKED_PICTURES:
-        spread = np.linspace(0, len(refs) - 1, _CHECKED_PICTURES).astype(int)
-        refs = [refs[index] for index in spread]
-    file_system, _ = open_uri(uri)
+    which = np.arange(len(pictures))
+    if len(which) > 2 * _CHECKED_PICTURES:
+        which = np.linspace(0, len(which) - 1, _CHECKED_PICTURES).astype(int)
+    file_system, root = open_uri(pictures.folder)
 
-    def problem(ref: ImageRef) -> str | None:
+    def problem(index: int) -> str | None:
+        path = f"{root}/{pictures.keys[index].as_py()}"
         try:
-            center_crop(decode(read_bytes(file_system, ref.path), name=ref.path), hr_crop_size, name=ref.path)
+            center_crop(decode(read_bytes(file_system, path), name=path), hr_crop_size, name=path)
         except DataError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        problems = [text for text in pool.map(problem, refs) if text]
+        problems = [text for text in pool.map(problem, which.tolist()) if text]
     if problems:
-        raise DataError(f"{len(problems)} of {len(refs)} pictures checked under {uri} fail. {problems[0]}")
+        raise DataError(
+            f"{len(problems)} of {len(which)} pictures checked under {pictures.uri} fail. {problems[0]} "
+            f"`python -m pipelines.index {pictures.uri}` finds all such pictures and sets them aside."
+        )
 
 
 def train_stream(
-    uri: str,
-    refs: Sequence[ImageRef],
+    pictures: Pictures,
     *,
     hr_crop_size: int,
     scale: int,
@@ -90,17 +97,16 @@ def train_stream(
 ) -> ray.data.Dataset:
     """The samples `skip`..`total` of one endless schedule, to be split among `num_workers` with equal=True.
 
-    Sample k belongs to epoch k // len(refs), in which the seed orders all pictures anew. After every batch of
-    global_batch_size / num_workers rows on each worker, all workers together have had exactly the next
-    `global_batch_size` samples: a run may stop after any step and continue with `skip` = samples seen.
+    After every batch of global_batch_size / num_workers rows on each worker, all workers together have had
+    exactly the next `global_batch_size` samples: a run may stop after any step and continue with `skip` =
+    samples seen, on any number of workers.
 
     One iteration gives a bounded part of the stream, the next one what follows, and nothing is left after
     `total`: iterate again until the last step is done. Planned are sample numbers only; pictures are read by
     tasks while the stream is consumed, and never held as a whole.
 
     Args:
-        uri: Folder that `refs` were listed from.
-        refs: Pictures, as `list_images` gives them.
+        pictures: From `find_pictures`. Where they have LR pictures, these are cropped instead of degrading.
         hr_crop_size: Side of the HR crop in pixels, a multiple of `scale`.
         scale: HR/LQ ratio.
         degradation: How `lq` is made.
@@ -111,18 +117,19 @@ def train_stream(
         num_workers: Consumers. With another number every sample still comes once, in another grouping.
 
     Returns:
-        Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64: k)
-        and "key" (str). A picture that cannot be read or is too small raises DataError in its task.
+        Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
+        k), "key" (str), "file_bytes" (int64: read from storage for this row) and "problem" (str). A picture
+        that is gone, cannot be decoded or is too small has a black row with its problem, so that the rows of
+        the others stay where they are. A store that fails raises DataError in its task.
     """
-    schedule = _Schedule(skip, total, global_batch_size, num_workers)
+    schedule = _Schedule(pictures, seed, skip, total, global_batch_size, num_workers)
     blocks = ray.data.read_datasource(schedule, override_num_blocks=max(1, len(schedule.get_read_tasks(1))))
-    source = _source(uri, refs, hr_crop_size, scale, degradation)
-    return _configured(blocks.map_batches(partial(_train_rows, source=source, seed=seed), batch_size=None))
+    maker = _Maker(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, seed, False)
+    return configured(blocks.map_batches(partial(_train_rows, maker=maker), batch_size=None))
 
 
 def val_samples(
-    uri: str,
-    refs: Sequence[ImageRef],
+    pictures: Pictures,
     *,
     hr_crop_size: int,
     num_draws: int,
@@ -131,64 +138,16 @@ def val_samples(
 ) -> ray.data.Dataset:
     """The middle of every picture, degraded in `num_draws` ways, alike every time and in every run.
 
-    Columns are those of `train_stream`; the draws of a picture follow each other.
+    Columns are those of `train_stream`; the draws of a picture follow each other. A picture that cannot be
+    read raises DataError in its task: scores on fewer pictures would not compare.
     """
-    num_rows = len(refs) * num_draws
-    blocks = ray.data.range(num_rows, override_num_blocks=-(-num_rows // _VAL_BLOCK_ROWS))
-    source = _source(uri, refs, hr_crop_size, scale, degradation)
-    return _configured(
-        blocks.map_batches(partial(_val_rows, source=source, num_draws=num_draws), batch_size=None)
-    )
-
-
-def whole_pictures(
-    lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef], *, scale: int
-) -> Iterator[dict[str, Any]]:
-    """LR pictures as they are, each with its HR picture where `hr_refs` are given; one pair in memory.
-
-    Yields:
-        Rows of "key", "lq" and "hr" (uint8 HWC; None without a reference), in the order of `lq_refs`.
-
-    Raises:
-        DataError: A picture cannot be read, or HR is not `scale` times as large as LR.
-    """
-    (lq_system, _), (hr_system, _) = open_uri(lq_uri), open_uri(hr_uri or lq_uri)
-    hr_paths = {pair_key(ref): ref.path for ref in hr_refs}
-    for ref in lq_refs:
-        lq_u8 = decode(read_bytes(lq_system, ref.path), name=ref.path)
-        hr_u8 = None
-        if path := hr_paths.get(pair_key(ref)):
-            hr_u8 = decode(read_bytes(hr_system, path), name=path)
-            (height, width), (lq_height, lq_width) = hr_u8.shape[:2], lq_u8.shape[:2]
-            if (height, width) != (scale * lq_height, scale * lq_width):
-                raise DataError(
-                    f"{path} is {width}x{height} pixels and its LR picture {ref.path} "
-                    f"{lq_width}x{lq_height}, not {scale} times less. Crop it, or leave the pair out."
-                )
-        yield {"key": ref.key, "lq": lq_u8, "hr": hr_u8}
-
-
-def check_pairs(lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef]) -> None:
-    """Every LR picture needs exactly one HR picture.
-
-    Raises:
-        DataError: One has none, or two pictures of a folder have one key.
-    """
-    for uri, refs in ((lq_uri, lq_refs), (hr_uri, hr_refs)):
-        keys = [pair_key(ref) for ref in refs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise DataError(f"{uri} holds two pictures {twice[0]}.*, so pairs are unclear. Rename one.")
-    known = {pair_key(ref) for ref in hr_refs}
-    if alone := [ref.key for ref in lq_refs if pair_key(ref) not in known]:
-        raise DataError(
-            f"{len(alone)} of {len(lq_refs)} pictures under {lq_uri} have no HR picture of their name under "
-            f"{hr_uri}: {', '.join(alone[:3])}. Name pairs alike, or set data.test_uri= to score without."
-        )
-
-
-def pair_key(ref: ImageRef) -> str:
-    """What the two pictures of a pair have in common: the key without its suffix."""
-    return str(PurePosixPath(ref.key).with_suffix(""))
+    samples = np.arange(len(pictures) * num_draws)
+    picture, draw = np.divmod(samples, num_draws)
+    table = _sample_table(pictures, samples, draw, picture)
+    blocks = [table.slice(row, _VAL_BLOCK_ROWS) for row in range(0, len(samples), _VAL_BLOCK_ROWS)]
+    maker = _Maker(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, _VAL_SEED, True)
+    rows = ray.data.from_arrow(blocks).map_batches(partial(_val_rows, maker=maker), batch_size=None)
+    return configured(rows)
 
 
 def execution_options() -> ray.data.ExecutionOptions:
@@ -197,10 +156,16 @@ def execution_options() -> ray.data.ExecutionOptions:
 
 
 class _Schedule(Datasource):
-    """Blocks of sample numbers such that block j holds the rows of worker j % num_workers, step by step."""
+    """Blocks of samples such that block j holds the rows of worker j % num_workers, step by step.
 
-    def __init__(self, skip: int, total: int, global_batch_size: int, num_workers: int) -> None:
+    A row names its picture, so that only this object, of which there is one, holds the list of them.
+    """
+
+    def __init__(
+        self, pictures: Pictures, seed: int, skip: int, total: int, global_batch_size: int, num_workers: int
+    ) -> None:
         super().__init__()
+        self._pictures, self._seed = pictures, seed
         self._skip = skip
         self._num_steps = max(0, total - skip) // global_batch_size
         self._global_batch_size = global_batch_size
@@ -222,26 +187,34 @@ class _Schedule(Datasource):
             steps = np.arange(step, min(step + self._steps_per_block, stop))
             numbers = steps[:, None] * self._global_batch_size + np.arange(self._global_batch_size)
             by_worker = numbers.reshape(len(steps), self._num_workers, -1)  # axes: step, worker, row
-            tasks += [_number_task(self._skip + by_worker[:, w].ravel()) for w in range(self._num_workers)]
+            tasks += [self._task(self._skip + by_worker[:, w].ravel()) for w in range(self._num_workers)]
         return tasks
 
-
-def _number_task(samples: np.ndarray) -> ReadTask:
-    block = pa.table({"sample": samples})
-    metadata = BlockMetadata(
-        num_rows=block.num_rows, size_bytes=block.nbytes, exec_stats=None, input_files=None
-    )
-    return ReadTask(lambda: [block], metadata)
-
-
-def _source(
-    uri: str, refs: Sequence[ImageRef], hr_crop_size: int, scale: int, degradation: DegradationConfig
-) -> _Source:
-    keys, paths = pa.array([ref.key for ref in refs]), pa.array([ref.path for ref in refs])
-    return _Source(uri, keys, paths, hr_crop_size, scale, degradation)
+    def _task(self, samples: np.ndarray) -> ReadTask:
+        num_pictures = len(self._pictures)
+        epochs, positions = np.divmod(samples, num_pictures)
+        picture = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            order = _order(self._seed, int(epoch), num_pictures)
+            picture[epochs == epoch] = order[positions[epochs == epoch]]
+        block = _sample_table(self._pictures, samples, epochs, picture)
+        metadata = BlockMetadata(
+            num_rows=block.num_rows, size_bytes=block.nbytes, exec_stats=None, input_files=None
+        )
+        return ReadTask(lambda: [block], metadata)
 
 
-def _configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
+def _sample_table(
+    pictures: Pictures, samples: np.ndarray, epochs: np.ndarray, picture: np.ndarray
+) -> pa.Table:
+    columns = {"sample": samples, "epoch": epochs, "key": pictures.keys.take(pa.array(picture))}
+    if pictures.lq_keys is not None:
+        columns["lq_key"] = pictures.lq_keys.take(pa.array(picture))
+    return pa.table(columns)
+
+
+def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
+    """Ray Data as this project needs it: quiet, in order, with the error of a task as it was raised."""
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -253,51 +226,94 @@ def _configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     return dataset
 
 
-def _train_rows(rows: Rows, *, source: _Source, seed: int) -> Rows:
-    samples, num_pictures = rows["sample"], len(source.keys)
-    epochs, positions = np.divmod(samples, num_pictures)
-    pictures = [_order(seed, int(e), num_pictures)[p] for e, p in zip(epochs, positions, strict=True)]
-    return _make_rows(samples, epochs, pictures, random_crop, source, seed)
+def _train_rows(rows: Rows, *, maker: _Maker) -> Rows:
+    return _make_rows(rows, maker)
 
 
-def _val_rows(rows: Rows, *, source: _Source, num_draws: int) -> Rows:
-    def middle(hr_u8: np.ndarray, size: int, _: np.random.Generator, *, name: str) -> np.ndarray:
-        return center_crop(hr_u8, size, name=name)
+def _val_rows(rows: Rows, *, maker: _Maker) -> Rows:
+    made = _make_rows(rows, maker)
+    for problem in made["problem"]:
+        if problem:
+            raise DataError(problem)
+    return made
 
-    samples = rows["id"]
-    pictures, draws = np.divmod(samples, num_draws)
-    return _make_rows(samples, draws, pictures, middle, source, _VAL_SEED)
 
-
-def _make_rows(
-    samples: np.ndarray,
-    epochs: np.ndarray,
-    pictures: Sequence[int] | np.ndarray,
-    crop: Callable[..., np.ndarray],
-    source: _Source,
-    seed: int,
-) -> Rows:
-    """One row a sample, from picture `pictures[row]`. Of the decoded pictures, one at a time is in memory."""
+def _make_rows(rows: Rows, maker: _Maker) -> Rows:
+    """One row a sample. Of the decoded pictures, one at a time is in memory."""
     cv2.setNumThreads(1)  # Ray counts a task as one CPU
-    size, lq_size = source.hr_crop_size, source.hr_crop_size // source.scale
-    hr = np.empty((len(samples), size, size, 3), np.uint8)
-    lq = np.empty((len(samples), lq_size, lq_size, 3), np.uint8)
-    rows_of: dict[int, list[int]] = defaultdict(list)
-    for row, picture in enumerate(pictures):
-        rows_of[int(picture)].append(row)
-    file_system, _ = _open(source.uri)
-    paths = [source.paths[picture].as_py() for picture in rows_of]
+    num_rows, size, lq_size = len(rows["key"]), maker.hr_crop_size, maker.hr_crop_size // maker.scale
+    made = {
+        "hr": np.zeros((num_rows, size, size, 3), np.uint8),
+        "lq": np.zeros((num_rows, lq_size, lq_size, 3), np.uint8),
+        "sample": rows["sample"],
+        "key": rows["key"],
+        "file_bytes": np.zeros(num_rows, np.int64),
+        "problem": np.full(num_rows, "", object),
+    }
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, key in enumerate(rows["key"].tolist()):
+        rows_of[key].append(row)
+    lq_keys = rows["lq_key"].tolist() if "lq_key" in rows else None
+    wanted = [(key, lq_keys[where[0]] if lq_keys else None) for key, where in rows_of.items()]
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        files = pool.map(partial(read_bytes, file_system), paths)
-        for picture, path, data in zip(rows_of, paths, files, strict=True):
-            hr_u8, key = decode(data, name=path), source.keys[picture].as_py()
-            for row in rows_of[picture]:
-                draw = partial(sample_rng, seed, int(epochs[row]), key)
-                hr[row] = crop(hr_u8, size, draw("crop"), name=path)
-                lq[row] = degrade(hr[row], scale=source.scale, config=source.degradation, rng=draw("degrade"))
-    keys = np.array([source.keys[int(picture)].as_py() for picture in pictures])
-    return {"hr": hr, "lq": lq, "sample": samples, "key": keys}
+        for key, files in zip(rows_of, pool.map(partial(_fetch, maker=maker), wanted), strict=True):
+            _fill(made, rows["epoch"], rows_of[key], key, files, maker)
+    made["problem"] = made["problem"].astype(str)
+    return made
+
+
+def _fetch(wanted: tuple[str, str | None], maker: _Maker) -> list[tuple[str, bytes]] | str:
+    """Path and content of a picture, then of its LR picture if it has one; or that one is gone."""
+    key, lq_key = wanted
+    files = []
+    for folder, name in ((maker.folder, key), (maker.lq_folder, lq_key)):
+        if name is None:
+            continue
+        file_system, root = _open(folder)
+        try:
+            path = f"{root}/{name}"
+            files.append((path, read_bytes(file_system, path)))
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise  # the store fails, not the picture
+            return str(error)
+    return files
+
+
+def _fill(
+    made: Rows,
+    epochs: np.ndarray,
+    where: list[int],
+    key: str,
+    files: list[tuple[str, bytes]] | str,
+    maker: _Maker,
+) -> None:
+    """Writes the samples of one picture into the rows `where`, or into each what is wrong with it."""
+    if isinstance(files, str):
+        made["problem"][where] = files
+        return
+    made["file_bytes"][where[0]] = sum(len(file) for _, file in files)
+    size, name = maker.hr_crop_size, files[0][0]
+    try:
+        hr_u8, *lq_u8 = (decode(file, name=path) for path, file in files)
+        for row in where:
+            draw = partial(sample_rng, maker.seed, int(epochs[row]), key)
+            if lq_u8:
+                rng = None if maker.is_middle else draw("crop")
+                made["hr"][row], made["lq"][row] = paired_crop(
+                    hr_u8, lq_u8[0], size, scale=maker.scale, rng=rng, name=name
+                )
+                continue
+            if maker.is_middle:
+                made["hr"][row] = center_crop(hr_u8, size, name=name)
+            else:
+                made["hr"][row] = random_crop(hr_u8, size, draw("crop"), name=name)
+            made["lq"][row] = degrade(
+                made["hr"][row], scale=maker.scale, config=maker.degradation, rng=draw("degrade")
+            )
+    except DataError as error:
+        made["problem"][where] = str(error)
 
 
 _open = lru_cache(maxsize=4)(open_uri)
-_order = lru_cache(maxsize=4)(permutation)
+_order = lru_cache(maxsize=2)(permutation)

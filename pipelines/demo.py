@@ -101,7 +101,7 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         with progress_line() as progress:
             outcome = train(found.config, inputs, progress)
 
-        announce("evaluate", f"{len(held_out.refs)} photographs that were not trained on")
+        announce("evaluate", f"{len(PHOTOS['test'])} photographs that were not trained on")
         evaluation = evaluate(found.config, outcome.checkpoint_uri, held_out)
         write_report(found.config, outcome.checkpoint_uri, held_out, evaluation)
 

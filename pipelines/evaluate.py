@@ -30,7 +30,9 @@ from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
 from .command import root_cause, run
 from .config import DataConfig, RunConfig
-from .data import check_images, check_pairs, val_samples, whole_pictures
+from .data import check_images, val_samples
+from .pairs import check_pairs, whole_pictures
+from .pictures import Pictures, find_pictures
 from .storage import ImageRef, download_folder, list_images, newest_checkpoint, write_bytes
 
 EXAMPLES = """\
@@ -70,21 +72,22 @@ class HeldOut:
     """The pictures of an evaluation, listed and checked before anything expensive starts."""
 
     data: DataConfig
-    refs: tuple[ImageRef, ...]
-    """Below data.test_uri; empty where there is no reference."""
-    lq_refs: tuple[ImageRef, ...]
-    """Below data.test_lq_uri; empty where `refs` are degraded."""
+    pictures: Pictures | None
+    """Of data.test_uri, where they are degraded."""
+    refs: tuple[ImageRef, ...] = ()
+    """Below data.test_uri, where they are references of `lq_refs`."""
+    lq_refs: tuple[ImageRef, ...] = ()
+    """Below data.test_lq_uri."""
 
     def rows(self, trained: RunConfig) -> Iterable[Mapping[str, Any]]:
         """Key, lq and hr of every sample, for a model of the config `trained`."""
         scale = trained.network.scale
-        if self.lq_refs:
+        if self.pictures is None:
             return whole_pictures(
                 self.data.test_lq_uri, self.lq_refs, self.data.test_uri, self.refs, scale=scale
             )
         return val_samples(
-            self.data.test_uri,
-            self.refs,
+            self.pictures,
             hr_crop_size=self.data.eval_crop_size,
             num_draws=self.data.eval_draws,
             scale=scale,
@@ -114,14 +117,15 @@ def find_held_out(data: DataConfig) -> HeldOut:
         bool(data.test_uri or data.test_lq_uri),
         "set data.test_uri, data.test_lq_uri or both: nothing to test.",
     )
-    refs = list_images(data.test_uri) if data.test_uri else ()
     if not data.test_lq_uri:
-        check_images(data.test_uri, refs, hr_crop_size=data.eval_crop_size)
-        return HeldOut(data, refs, ())
+        pictures = find_pictures(data.test_uri)
+        check_images(pictures, hr_crop_size=data.eval_crop_size)
+        return HeldOut(data, pictures)
+    refs = list_images(data.test_uri) if data.test_uri else ()
     lq_refs = list_images(data.test_lq_uri)
     if refs:
         check_pairs(data.test_lq_uri, lq_refs, data.test_uri, refs)
-    return HeldOut(data, refs, lq_refs)
+    return HeldOut(data, None, refs, lq_refs)
 
 
 def score(

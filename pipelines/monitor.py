@@ -13,6 +13,7 @@ from ray.util.queue import Queue
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import TrainState
 
+from .batches import Intake
 from .config import RunConfig
 from .evaluate import score
 from .progress import Progress
@@ -22,8 +23,9 @@ from .tracking import MetricLogger
 class Monitor:
     """Rank 0's view of the run: the progress line, MLflow, and the score of the EMA weights."""
 
-    def __init__(self, config: RunConfig, loop: Mapping[str, Any]) -> None:
+    def __init__(self, config: RunConfig, loop: Mapping[str, Any], intake: Intake) -> None:
         self._config = config
+        self._intake = intake
         self._queue: Queue = loop["progress"]
         self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"])
         self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
@@ -37,11 +39,13 @@ class Monitor:
         step, total = state.global_step, self._config.optim.total_steps
         if self._num_steps < self._config.train.log_every_steps and step < total:
             return
-        step_s = (time.monotonic() - self._started) / self._num_steps
+        elapsed_s = time.monotonic() - self._started
+        step_s = elapsed_s / self._num_steps
         values = {name: value.item() for name, value in losses.items()}
         speed = {
             "images_per_s": self._config.train.global_batch_size / step_s,
             "data_wait": self._waited_s / self._num_steps / step_s,
+            "data_mb_per_s": self._intake.file_bytes * self._config.train.num_workers / 1e6 / elapsed_s,
         }
         self._queue.put_nowait(
             Progress(
@@ -80,3 +84,4 @@ class Monitor:
 
     def _restart_clock(self) -> None:
         self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
+        self._intake.file_bytes = 0

@@ -26,6 +26,8 @@ class Progress:
     """Over all workers."""
     data_wait: float
     """Share of the time that the trainer waited for data, 0 to 1."""
+    data_mb_per_s: float
+    """Read from storage for all workers."""
     eta_s: float
 
     def __str__(self) -> str:
@@ -33,14 +35,14 @@ class Progress:
         hours, minutes = divmod(minutes, 60)
         return (
             f"{self.name}  {self.phase} step {self.step}/{self.total_steps}  loss {self.loss:.3f}  "
-            f"{self.images_per_s:.1f} images/s  data wait {self.data_wait:.0%}  "
-            f"ETA {hours:d}:{minutes:02d}:{seconds:02d}"
+            f"{self.images_per_s:.1f} images/s  data {self.data_mb_per_s:.1f} MB/s, "
+            f"wait {self.data_wait:.0%}  ETA {hours:d}:{minutes:02d}:{seconds:02d}"
         )
 
 
 @contextmanager
 def progress_line() -> Iterator[Queue]:
-    """A queue for Progress objects, whose newest is shown while the `with` block runs."""
+    """A queue for Progress objects, whose newest is shown while the `with` block runs; texts stay shown."""
     queue = Queue(actor_options={"num_cpus": 0})
     done = threading.Event()
     printer = threading.Thread(target=_show, args=(queue, done), daemon=True)
@@ -60,7 +62,9 @@ def _show(queue: Queue, done: threading.Event) -> None:
             progress = queue.get(timeout=0.5)
         except Empty:
             continue
-        if rewrite:
+        if isinstance(progress, str):
+            print(("\r\033[K" if shown else "") + progress, flush=True)
+        elif rewrite:
             print(f"\r\033[K{progress}", end="", flush=True)
             shown = True
         elif time.monotonic() - shown_at > _PLAIN_INTERVAL_S or progress.step == progress.total_steps:

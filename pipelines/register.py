@@ -227,13 +227,13 @@ def main(argv: list[str] | None = None) -> int:
     tracking_uri = preflight(config.tracking_uri)
     checkpoint_uri = arguments.checkpoint or find_checkpoint(config)
     with local_checkpoint(checkpoint_uri) as folder:
-        meta = checkpoint.read_manifest(folder).meta
+        metrics = checkpoint.read_manifest(folder).meta.get("metrics", {})  # a converted one has none
         version = register(
             folder,
             tracking_uri=tracking_uri,
             model_name=config.model_name,
             run_id=None,
-            metrics={f"val_{name}": value for name, value in meta.items()},
+            metrics={f"val_{name}": value for name, value in metrics.items()},
             tags={"checkpoint": checkpoint_uri},
         )
     print(f"models:/{config.model_name}@{CHAMPION} is version {version}, from {checkpoint_uri}")

@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ctmsr import checkpoint
-from ctmsr.config import flatten, from_dict, to_dict
+from ctmsr.config import check, flatten, from_dict, to_dict
 from ctmsr.errors import ConfigError, UserError
 from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import load_lpips
@@ -27,6 +27,7 @@ from ctmsr.rng import sample_seed
 from ctmsr.train_state import TrainState, build_state, restore_state, state_tensors
 from ctmsr.train_step import Batch, check_finite, train_step
 
+from .batches import Intake, make_batch
 from .cli import config_parser, print_config, resolve
 from .cluster import check_gpus, ray_cluster
 from .command import root_cause, run
@@ -34,8 +35,9 @@ from .config import RunConfig
 from .data import check_images, execution_options, train_stream, val_samples
 from .evaluate import local_checkpoint
 from .monitor import Monitor
+from .pictures import Pictures, find_pictures
 from .progress import progress_line
-from .storage import ImageRef, list_images, newest_checkpoint, open_uri, read_bytes, write_bytes
+from .storage import newest_checkpoint, open_uri, read_bytes, write_bytes
 from .tracking import ensure_experiment, preflight, tracked_run
 
 EXAMPLES = """\
@@ -64,8 +66,8 @@ FREE_TO_CHANGE = (
 class Inputs:
     """What was found before anything expensive started."""
 
-    train_refs: tuple[ImageRef, ...]
-    val_refs: tuple[ImageRef, ...]
+    train: Pictures
+    val: Pictures
     tracking_uri: str
 
 
@@ -89,15 +91,21 @@ def check_inputs(config: RunConfig) -> Inputs:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
     check_gpus(config.train)
-    train_refs, val_refs = list_images(config.data.train_uri), list_images(config.data.val_uri)
-    check_images(config.data.train_uri, train_refs, hr_crop_size=config.network.hr_size)
-    check_images(config.data.val_uri, val_refs, hr_crop_size=config.data.eval_crop_size)
+    pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
+    check_images(pictures, hr_crop_size=config.network.hr_size)
+    check_images(val, hr_crop_size=config.data.eval_crop_size)
+    for place in (pictures, val):
+        check(
+            place.scale in (None, config.network.scale),
+            f"the LR pictures of {place.uri} are {place.scale} times smaller, network.scale is "
+            f"{config.network.scale}. Set it to {place.scale}, or name other pictures.",
+        )
     for net in ("vgg", "alex"):
         load_lpips(net)
-    _refuse_changed_config(config)
+    _refuse_changed_run(config, pictures)
     tracking_uri = preflight(config.tracking_uri)
     write_bytes(f"{config.run_uri}/config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
-    return Inputs(train_refs, val_refs, tracking_uri)
+    return Inputs(pictures, val, tracking_uri)
 
 
 def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str | None = None) -> Outcome:
@@ -107,7 +115,12 @@ def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
         UserError: The training failed; the message is the cause.
     """
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
-    tags = {"train_pictures": str(len(inputs.train_refs)), "storage": config.run_uri}
+    tags = {
+        "storage": config.run_uri,
+        "train_pictures": str(len(inputs.train)),
+        "train_version": inputs.train.version,
+        "val_version": inputs.val.version,
+    }
     with tracked_run(
         inputs.tracking_uri,
         experiment_id,
@@ -120,7 +133,7 @@ def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
             fit(build_trainer(config, inputs, progress, run_id))
     checkpoint_uri = newest_checkpoint(config.run_uri)
     assert checkpoint_uri is not None  # the last step writes one
-    return Outcome(checkpoint_uri, _manifest(checkpoint_uri)["meta"], run_id)
+    return Outcome(checkpoint_uri, _manifest(checkpoint_uri)["meta"]["metrics"], run_id)
 
 
 def fit(trainer: TorchTrainer) -> ray.train.Result:
@@ -163,8 +176,7 @@ def build_trainer(
 
     def train_samples() -> ray.data.Dataset:  # called whenever a group of workers starts
         return train_stream(
-            config.data.train_uri,
-            inputs.train_refs,
+            inputs.train,
             hr_crop_size=config.network.hr_size,
             scale=config.network.scale,
             degradation=config.degradation,
@@ -177,8 +189,7 @@ def build_trainer(
 
     def held_out() -> ray.data.Dataset:
         return val_samples(
-            config.data.val_uri,
-            inputs.val_refs,
+            inputs.val,
             hr_crop_size=config.data.eval_crop_size,
             num_draws=config.data.eval_draws,
             scale=config.network.scale,
@@ -192,6 +203,8 @@ def build_trainer(
             "tracking_uri": inputs.tracking_uri,
             "run_id": run_id,
             "progress": progress,
+            "num_pictures": len(inputs.train),
+            "train_version": inputs.train.version,
         },
         scaling_config=ScalingConfig(
             num_workers=config.train.num_workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
@@ -216,8 +229,9 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     state = _initial_state(config)
     lpips = load_lpips("vgg").to(device)
-    monitor = Monitor(config, loop) if is_leader else None
-    batches = _batches(config, device)
+    intake = Intake(config, loop["num_pictures"], loop["progress"])
+    monitor = Monitor(config, loop, intake) if is_leader else None
+    batches = _batches(config, device, intake)
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
         batch = next(batches)
@@ -229,7 +243,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         done = state.global_step == config.optim.total_steps
         if done or state.global_step % config.train.checkpoint_every_steps == 0:
             check_finite(state)
-            _report(config, state, monitor)
+            _report(config, state, monitor, loop["train_version"])
     if monitor:
         monitor.close()
 
@@ -256,7 +270,7 @@ def _initial_state(config: RunConfig) -> TrainState:
     return state
 
 
-def _batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
+def _batches(config: RunConfig, device: torch.device, intake: Intake) -> Iterator[Batch]:
     """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
     shard = ray.train.get_dataset_shard("train")
     while True:
@@ -265,28 +279,25 @@ def _batches(config: RunConfig, device: torch.device) -> Iterator[Batch]:
             batch_size=config.train.per_worker_batch_size, batch_format="numpy", drop_last=True
         ):
             num_batches += 1
-            yield Batch(
-                hr_u8=torch.tensor(rows["hr"]).to(device, non_blocking=True),
-                lq_u8=torch.tensor(rows["lq"]).to(device, non_blocking=True),
-                samples=rows["sample"].tolist(),
-                keys=rows["key"].tolist(),
-            )
+            intake.count(rows)
+            yield make_batch(rows, device)
         assert num_batches, "the stream ended before the run"
 
 
-def _report(config: RunConfig, state: TrainState, monitor: Monitor | None) -> None:
+def _report(config: RunConfig, state: TrainState, monitor: Monitor | None, train_version: str) -> None:
     """Rank 0 scores and saves the EMA weights; every rank reports, which makes the checkpoint count."""
     if monitor is None:
         ray.train.report({"step": state.global_step})
         return
     metrics = monitor.evaluate(state) | {"step": state.global_step}
+    meta = {"step": state.global_step, "metrics": metrics, "train_version": train_version}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoint"
         checkpoint.save(
             folder,
             model=state.ema_model.state_dict(),
             config=to_dict(config),
-            meta=metrics,
+            meta=meta,
             train_state=state_tensors(state),
         )
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -298,19 +309,23 @@ def _steps_done(config: RunConfig) -> int:
     return _manifest(found)["meta"]["step"] if found else 0
 
 
-def _refuse_changed_config(config: RunConfig) -> None:
+def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
     found = newest_checkpoint(config.run_uri)
     if found is None:
         return
-    before, now = flatten(_manifest(found)["config"]), flatten(to_dict(config))
+    manifest = _manifest(found)
+    before, now = flatten(manifest["config"]), flatten(to_dict(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     fixed = ("train.global_batch_size",)  # where the stream of samples goes on is a multiple of it
     changed = [key for key in changed if key in fixed or not key.startswith(FREE_TO_CHANGE)]
-    if changed:
-        listed = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5])
+    listed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5]]
+    version = manifest["meta"]["train_version"]
+    if version != pictures.version:
+        listed.append(f"the pictures of data.train_uri: version {version} -> {pictures.version}")
+    if listed:
         raise ConfigError(
-            f"run {config.name!r} has a checkpoint {found} of another config ({listed}). "
-            "Give those keys their old values to continue it, or set another name to start a new run."
+            f"run {config.name!r} has a checkpoint {found} of another config ({', '.join(listed)}). "
+            "Restore the old values to continue it, or set another name to start a new run."
         )
 
 

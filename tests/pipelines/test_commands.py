@@ -258,7 +258,7 @@ def test_a_place_for_runs_that_cannot_be_written(refused: Refused, good: list[st
 def test_the_config_is_in_the_folder_of_the_run(good: list[str]) -> None:
     config = config_of(good)
     inputs = check_inputs(config)
-    assert [len(inputs.train_refs), len(inputs.val_refs)] == [5, 5]
+    assert [len(inputs.train), len(inputs.val)] == [5, 5]
     written = json.loads(Path(config.run_uri, "config.json").read_text())
     assert from_dict(RunConfig, written) == config
 

@@ -13,7 +13,7 @@ from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, encode_png
 from pipelines import data
 from pipelines.data import check_images, train_stream, val_samples
-from pipelines.storage import ImageRef, list_images
+from pipelines.pictures import Pictures, find_pictures
 from tests.conftest import S3
 
 BATCH = 8
@@ -24,13 +24,13 @@ Batch = Mapping[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
-def pictures(ray_session: None, s3: S3, photos: dict[str, bytes]) -> tuple[str, tuple[ImageRef, ...]]:
-    """URI and listing of five photographs in S3."""
+def pictures(ray_session: None, s3: S3, photos: dict[str, bytes]) -> Pictures:
+    """Five photographs in S3."""
     uri = s3.make_bucket("data-photos", {f"train/{name}": file for name, file in photos.items()}) + "/train"
-    return uri, list_images(uri)
+    return find_pictures(uri)
 
 
-def stream(pictures: tuple[str, tuple[ImageRef, ...]], **changes: Any) -> ray.data.Dataset:
+def stream(pictures: Pictures, **changes: Any) -> ray.data.Dataset:
     arguments: dict[str, Any] = {
         "seed": 1,
         "skip": 0,
@@ -38,7 +38,7 @@ def stream(pictures: tuple[str, tuple[ImageRef, ...]], **changes: Any) -> ray.da
         "global_batch_size": BATCH,
         "num_workers": 1,
     }
-    return train_stream(*pictures, **LOOK | arguments | changes)
+    return train_stream(pictures, **LOOK | arguments | changes)
 
 
 def batches(dataset: Any, size: int = BATCH) -> list[Batch]:
@@ -56,7 +56,7 @@ def by_sample(parts: Sequence[Batch]) -> dict[int, tuple[str, bytes, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def alone(pictures: tuple[str, tuple[ImageRef, ...]]) -> dict[int, tuple[str, bytes, bytes]]:
+def alone(pictures: Pictures) -> dict[int, tuple[str, bytes, bytes]]:
     """What a single worker gets."""
     return by_sample(batches(stream(pictures)))
 
@@ -74,7 +74,7 @@ def test_every_epoch_visits_every_picture_once_with_other_crops(
 
 
 def test_two_workers_get_each_step_together_what_one_gets_alone(
-    alone: dict[int, tuple[str, bytes, bytes]], pictures: tuple[str, tuple[ImageRef, ...]]
+    alone: dict[int, tuple[str, bytes, bytes]], pictures: Pictures
 ) -> None:
     shards = stream(pictures, num_workers=2).streaming_split(2, equal=True)
     with ThreadPoolExecutor(2) as pool:
@@ -90,7 +90,7 @@ def test_two_workers_get_each_step_together_what_one_gets_alone(
 
 def test_a_stream_resumes_at_any_step_and_goes_on_over_iterations(
     alone: dict[int, tuple[str, bytes, bytes]],
-    pictures: tuple[str, tuple[ImageRef, ...]],
+    pictures: Pictures,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(data, "_ROUND_BLOCKS", 1)  # 40 rows: five steps an iteration
@@ -103,27 +103,28 @@ def test_a_stream_resumes_at_any_step_and_goes_on_over_iterations(
 
 
 def test_another_seed_gives_other_samples(
-    alone: dict[int, tuple[str, bytes, bytes]], pictures: tuple[str, tuple[ImageRef, ...]]
+    alone: dict[int, tuple[str, bytes, bytes]], pictures: Pictures
 ) -> None:
     other = by_sample(batches(stream(pictures, seed=2, total=3 * BATCH)))
     assert all(other[number] != alone[number] for number in other)
 
 
-def test_a_stream_without_end_is_never_made_as_a_whole(pictures: tuple[str, tuple[ImageRef, ...]]) -> None:
+def test_a_stream_without_end_is_never_made_as_a_whole(pictures: Pictures) -> None:
     endless = stream(pictures, total=10**12)
     first = next(iter(endless.iter_batches(batch_size=BATCH, batch_format="numpy")))
     assert list(first["sample"]) == list(range(BATCH))
-    assert {name: (column.dtype, column.shape[1:]) for name, column in first.items() if name != "key"} == {
+    assert {name: (column.dtype, column.shape[1:]) for name, column in first.items()} == {
         "hr": (np.uint8, (64, 64, 3)),
         "lq": (np.uint8, (16, 16, 3)),
         "sample": (np.int64, ()),
+        "key": (np.object_, ()),
+        "file_bytes": (np.int64, ()),
+        "problem": (np.object_, ()),
     }
 
 
-def test_held_out_pictures_are_the_same_every_time(
-    pictures: tuple[str, tuple[ImageRef, ...]], photos: dict[str, bytes]
-) -> None:
-    held_out = val_samples(*pictures, **LOOK, num_draws=2)
+def test_held_out_pictures_are_the_same_every_time(pictures: Pictures, photos: dict[str, bytes]) -> None:
+    held_out = val_samples(pictures, **LOOK, num_draws=2)
     first = by_sample(batches(held_out))
     assert [key for key, _, _ in first.values()] == [key for key in sorted(photos) for _ in range(2)]
     assert len({lq for _, _, lq in first.values()}) == 2 * len(photos)
@@ -133,19 +134,37 @@ def test_held_out_pictures_are_the_same_every_time(
 
 
 def test_bad_pictures_are_found_before_training_and_counted(
-    s3: S3, photos: dict[str, bytes], pictures: tuple[str, tuple[ImageRef, ...]]
+    s3: S3, photos: dict[str, bytes], pictures: Pictures
 ) -> None:
-    check_images(*pictures, hr_crop_size=64)
+    check_images(pictures, hr_crop_size=64)
     small = encode_png(np.zeros((32, 200, 3), np.uint8))
     uri = s3.make_bucket("data-bad", {"a.png": small, "b.png": b"not a picture", **photos})
     with pytest.raises(DataError, match=r"2 of 7 pictures .*a\.png is 200x32 pixels, too small"):
-        check_images(uri, list_images(uri), hr_crop_size=64)
+        check_images(find_pictures(uri), hr_crop_size=64)
     uri = s3.make_bucket("data-many", {f"{i:03d}.png": b"not a picture" for i in range(40)})
     with pytest.raises(DataError, match=r"16 of 16 pictures .* not a readable picture"):
-        check_images(uri, list_images(uri), hr_crop_size=64)
+        check_images(find_pictures(uri), hr_crop_size=64)
 
 
-def test_a_picture_that_goes_bad_ends_the_stream_with_its_name(ray_session: None, s3: S3) -> None:
-    uri = s3.make_bucket("data-gone-bad", {"cut.png": b"\x89PNG\r\n"})
-    with pytest.raises(DataError, match=r"data-gone-bad/cut\.png is not a readable picture"):
-        batches(stream((uri, list_images(uri))))
+def test_a_picture_that_is_gone_or_damaged_leaves_a_row_with_its_problem(
+    s3: S3, ray_session: None, photos: dict[str, bytes], alone: dict[int, tuple[str, bytes, bytes]]
+) -> None:
+    uri = s3.make_bucket("data-gone-bad", {f"train/{name}": file for name, file in photos.items()})
+    pictures = find_pictures(f"{uri}/train")
+    s3.client.put_object(Bucket="data-gone-bad", Key="train/coffee.png", Body=photos["coffee.png"][:2000])
+    s3.client.delete_object(Bucket="data-gone-bad", Key="train/rocket.png")
+    parts = batches(stream(pictures))
+    problems = {
+        str(key): str(problem)
+        for part in parts
+        for key, problem in zip(part["key"], part["problem"], strict=True)
+    }
+    assert problems.pop("coffee.png").startswith("data-gone-bad/train/coffee.png is not a readable picture")
+    assert problems.pop("rocket.png") == "data-gone-bad/train/rocket.png does not exist. Check the path."
+    assert set(problems.values()) == {""}
+    found = by_sample(parts)
+    assert found.keys() == alone.keys()
+    for number, sample in alone.items():
+        assert (found[number] == sample) == (sample[0] not in ("coffee.png", "rocket.png"))
+    with pytest.raises(DataError, match=r"(coffee|rocket)\.png"):
+        batches(val_samples(pictures, **LOOK, num_draws=1))

@@ -37,6 +37,7 @@ from pipelines.evaluate import (
     local_checkpoint,
     table,
 )
+from pipelines.pictures import find_pictures
 from pipelines.presets import PRESETS
 from pipelines.progress import progress_line
 from pipelines.register import load_model
@@ -111,7 +112,7 @@ def test_a_run_ends_with_a_checkpoint_of_its_last_step(trained: Trained) -> None
         model, manifest = checkpoint.load_model(folder)
         state = checkpoint.load_train_state(folder)
     assert manifest.config == to_dict(trained.config)
-    assert manifest.meta == trained.outcome.metrics
+    assert manifest.meta["metrics"] == trained.outcome.metrics
     assert manifest.meta["step"] == int(state["global_step"]) == TOTAL_STEPS
     weights = model.state_dict()
     assert any(not torch.equal(weights[name], state[f"model.{name}"]) for name in weights)  # EMA differs
@@ -303,8 +304,8 @@ def files_of(checkpoint_uri: str) -> dict[str, dict[str, object]]:
         return checkpoint.read_manifest(folder).files
 
 
-def test_a_picture_that_breaks_after_the_check_is_named(
-    trained: Trained, s3: S3, photos: dict[str, bytes]
+def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_allowed(
+    trained: Trained, s3: S3, photos: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(trained.config.tracking_uri.removeprefix("sqlite:///")).parent
     config = run_config(
@@ -318,5 +319,12 @@ def test_a_picture_that_breaks_after_the_check_is_named(
         run_to_end(config, inputs)
     assert "\n" not in str(raised.value)
     assert run_named("broken", config).info.status == "FAILED"
+    tolerant = replace(config, name="tolerant", data=replace(config.data, max_unreadable=0.5))
+    capsys.readouterr()
+    intact = replace(inputs, val=find_pictures(trained.config.data.val_uri))
+    assert run_to_end(tolerant, intact).metrics["step"] == TOTAL_STEPS
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: left out")]
+    assert told
+    assert all("breaking/photos/coffee.png is not a readable picture" in line for line in told)
     with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):
-        evaluate(config, trained.outcome.checkpoint_uri, HeldOut(config.data, inputs.val_refs, ()))
+        evaluate(config, trained.outcome.checkpoint_uri, HeldOut(config.data, inputs.val))

@@ -37,6 +37,16 @@ def test_the_loss_falls_on_one_repeated_batch() -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_samples_that_could_not_be_read_add_no_gradient() -> None:
+    whole, half, none = (
+        compute_losses(build_state(filled_model(), OPTIM), replace(BATCH, share=share), RECIPE, distance)
+        for share in (1.0, 0.5, 0.0)
+    )
+    assert half["loss"] == whole["loss"] / 2
+    assert half["ct_loss"] == whole["ct_loss"]
+    assert none["loss"] == 0
+
+
 def test_every_parameter_moves_and_the_average_follows_in_closed_form() -> None:
     optim = replace(OPTIM, ema_decay=0.75)
     state = build_state(filled_model(), optim)

@@ -1,0 +1,62 @@
+"""Rows of the training stream to batches: on the device, without the pictures that could not be read."""
+
+import numpy as np
+import torch
+from ray.util.queue import Queue
+
+from ctmsr.errors import DataError
+from ctmsr.train_step import Batch
+
+from .config import RunConfig
+from .data import Rows
+
+
+def make_batch(rows: Rows, device: torch.device) -> Batch:
+    """This worker's part of a batch. Rows with a problem are left out and lower `share`.
+
+    Where every row has one, a black picture stays in, which counts nothing: the worker must take part in the
+    update of the others.
+    """
+    good = np.flatnonzero(rows["problem"] == "")
+    kept = good if len(good) else np.arange(1)
+    return Batch(
+        hr_u8=torch.tensor(rows["hr"][kept]).to(device, non_blocking=True),
+        lq_u8=torch.tensor(rows["lq"][kept]).to(device, non_blocking=True),
+        samples=rows["sample"][kept].tolist(),
+        keys=rows["key"][kept].tolist(),
+        share=len(good) / len(rows["sample"]),
+    )
+
+
+class Intake:
+    """What a worker was given: bytes read, and pictures that became unreadable since they were listed.
+
+    Each of these is told once, and too many end the run.
+    """
+
+    def __init__(self, config: RunConfig, num_pictures: int, progress: Queue) -> None:
+        self._limit = config.data.max_unreadable
+        self._num_own = num_pictures / config.train.num_workers
+        """Pictures of an epoch that this worker sees."""
+        self._progress = progress
+        self._keys: set[str] = set()
+        self.file_bytes = 0
+        """Read from storage for this worker's samples."""
+
+    def count(self, rows: Rows) -> None:
+        """Takes note of the rows of a batch.
+
+        Raises:
+            DataError: More than data.max_unreadable of this worker's pictures have one.
+        """
+        self.file_bytes += int(rows["file_bytes"].sum())
+        for key, problem in zip(rows["key"].tolist(), rows["problem"].tolist(), strict=True):
+            if not problem or key in self._keys:
+                continue
+            self._keys.add(key)
+            if len(self._keys) > self._limit * self._num_own:
+                raise DataError(
+                    f"{problem} That makes {len(self._keys)} such pictures among about {self._num_own:g}, "
+                    f"more than data.max_unreadable ({self._limit:g}) allows. Index the pictures anew."
+                )
+            self._progress.put_nowait(f"warning: left out (number {len(self._keys)}): {problem}")

@@ -1,0 +1,267 @@
+"""Index a folder of pictures: `python -m pipelines.index s3://bucket/photos`.
+
+Every picture is fetched, hashed and decoded once. What training cannot use is set aside with the reason, and
+nothing is deleted. An index is a folder:
+
+    index-VERSION.parquet       the good pictures: key, size, etag, width, height, format, sha256
+    quarantine-VERSION.parquet  the others, with status and detail
+    summary.json                version, counts and reasons; written last, so it names complete files
+    parts/                      the scan itself, by chunks of the listing: what is there is not scanned again
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from pyarrow import fs
+
+from ctmsr.config import check
+from ctmsr.errors import DataError
+
+from .cluster import ray_cluster
+from .command import root_cause, run
+from .data import configured
+from .pictures import INDEX_SUFFIX, SUMMARY_FILE
+from .scan import SCHEMA, Listed, Settings, chunks, list_files, part_name, scan_chunk, stem, write_table
+from .storage import IMAGE_SUFFIXES, list_images, open_uri, read_bytes, write_bytes
+
+EXAMPLES = """\
+examples:
+  a bucket, of any size; the same command again continues a scan that stopped, or adds what is new:
+    python -m pipelines.index s3://bucket/photos
+  pictures that have LR versions of their own, which training then uses instead of degrading:
+    python -m pipelines.index s3://bucket/hr --lq s3://bucket/lr --out s3://bucket/pairs.index
+
+reasons for the quarantine:
+  unreadable  no picture, or damaged          truncated   the file ends too early
+  too-small   a side below --min-side         bomb        more pixels than can be decoded safely
+  mode        no fixed white level            duplicate   the same bytes as another, which stays
+  missing-lq  no LR picture of its name       bad-lq      LR is unreadable or of another size
+  gone        deleted during the scan"""
+
+_ROUND_CHUNKS = 64
+"""Chunks of the listing that are planned at a time."""
+_SHOW_EVERY_S = 5.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.index",
+        description="Look once at every picture of a folder, and write an index of those fit for training.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("uri", metavar="FOLDER", help="path or URI; searched at any depth")
+    parser.add_argument("--out", metavar="URI", help="the index, ending in .index; default FOLDER.index")
+    parser.add_argument("--lq", default="", metavar="FOLDER", help="LR pictures of the same names")
+    parser.add_argument("--min-side", type=int, default=32, metavar="PX", help="default %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    arguments = build_parser().parse_args(argv)
+    out = (arguments.out or arguments.uri.rstrip("/") + INDEX_SUFFIX).rstrip("/")
+    check(out.endswith(INDEX_SUFFIX), f"--out must end in {INDEX_SUFFIX}, got {out!r}.")
+    check(arguments.min_side >= 1, f"--min-side must be at least 1, got {arguments.min_side}.")
+    settings = Settings(_absolute(arguments.uri), _absolute(arguments.lq), arguments.min_side)
+    inside = _absolute(out).startswith(f"{settings.uri}/")
+    check(not inside, f"--out {out} is inside the folder it indexes. Name a place beside it.")
+    for uri in filter(None, (settings.uri, settings.lq_uri)):
+        next(iter_images(uri))  # raises where there is none
+    write_bytes(f"{out}/scan.json", json.dumps(vars(settings)).encode())  # raises where it is refused
+    with ray_cluster():
+        summary = build_index(settings, _absolute(out))
+    quarantined = sum(summary["quarantined"].values())
+    print(
+        f"{summary['pictures']} pictures indexed, {quarantined} quarantined, {summary['ignored']} other files"
+    )
+    for reason, number in summary["quarantined"].items():
+        print(f"  {reason:<12}{number}")
+    print(f"written: {out}  version {summary['version']}")
+    print(f"next: python -m pipelines.train --set data.train_uri={out}")
+    return 0
+
+
+def build_index(settings: Settings, out: str) -> dict[str, Any]:
+    """Scans what has not been scanned and writes the index; returns its summary.
+
+    Raises:
+        DataError: No picture is good, or the store fails.
+    """
+    lq = {stem(file.key): file for file in iter_images(settings.lq_uri)} if settings.lq_uri else {}
+    file_system, root = open_uri(out)
+    listing = file_system.get_file_info(fs.FileSelector(f"{root}/parts", allow_not_found=True))
+    there = {info.base_name for info in listing}
+    num_files = 0
+
+    def counted() -> Iterator[Listed]:
+        nonlocal num_files
+        for file in list_files(settings.uri):
+            num_files += 1
+            if file.key.lower().endswith(IMAGE_SUFFIXES):
+                yield file
+
+    names: list[str] = []
+    progress = _ScanProgress()
+    cut = chunks(counted())
+    while some := list(islice(cut, _ROUND_CHUNKS)):
+        todo = []
+        for chunk in some:
+            names.append(f"{part_name(chunk, lq, settings)}.parquet")
+            if names[-1] in there:
+                progress.reused += len(chunk)
+                continue
+            lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
+            todo.append({"chunk": chunk, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
+        if todo:
+            _scan(todo, settings, progress)
+    progress.end()
+    return _merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
+
+
+def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:
+    def scan(row: dict[str, Any]) -> dict[str, Any]:
+        scan_chunk(row["chunk"], row["lq_keys"], settings, row["part_uri"])
+        sizes = [file.size for file in row["chunk"]]
+        return {"pictures": len(sizes), "bytes": sum(sizes)}
+
+    blocks = ray.data.from_items(todo, override_num_blocks=len(todo))
+    try:
+        for done in configured(blocks.map(scan)).iter_rows():
+            progress.show(done["pictures"], done["bytes"])
+    except ray.exceptions.RayError as error:
+        raise DataError(f"the scan stopped; the same command continues it. {root_cause(error)}") from error
+
+
+def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
+    file_system, _ = open_uri(out)
+    table = pa.concat_tables(
+        [pq.read_table(pa.BufferReader(read_bytes(file_system, part)), schema=SCHEMA) for part in parts]
+    )
+    table = _mark_scales(_mark_duplicates(table))
+    is_good = pc.equal(table["status"], "ok")
+    good, bad = table.filter(is_good), table.filter(pc.invert(is_good))
+    reasons = dict(sorted(Counter(bad["status"].to_pylist()).items()))
+    if not len(good):
+        raise DataError(f"none of {len(table)} pictures under {settings.uri} can be used: {reasons}.")
+    columns = ["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]
+    digest = hashlib.blake2b(digest_size=8)
+    for row in zip(*(good[name].to_pylist() for name in columns), strict=True):
+        digest.update(json.dumps(row).encode())
+    version = digest.hexdigest()
+    index = good.drop_columns(
+        ["status", "detail", *([] if settings.lq_uri else ["lq_key", "lq_sha256", "scale"])]
+    )
+    write_table(index, f"{out}/index-{version}.parquet")
+    write_table(bad, f"{out}/quarantine-{version}.parquet")
+    summary = vars(settings) | {
+        "version": version,
+        "scale": good["scale"][0].as_py(),
+        "pictures": len(good),
+        "bytes": pc.sum(good["size"]).as_py(),
+        "pixels": pc.sum(pc.multiply(good["width"].cast("int64"), good["height"])).as_py(),
+        "quarantined": reasons,
+        "ignored": num_files - len(table),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_bytes(f"{out}/{SUMMARY_FILE}", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def _mark_duplicates(table: pa.Table) -> pa.Table:
+    """Of good pictures with the same bytes, the first by key stays."""
+    first: dict[str, str] = {}
+    status, detail = table["status"].to_pylist(), table["detail"].to_pylist()
+    keys, hashes = table["key"].to_pylist(), table["sha256"].to_pylist()
+    for row, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
+        if status[row] == "ok" and first.setdefault(sha256, key) != key:
+            status[row], detail[row] = "duplicate", f"{key} has the same bytes as {first[sha256]}."
+    return _with(table, status, detail)
+
+
+def _mark_scales(table: pa.Table) -> pa.Table:
+    """Of good pairs, those of another scale than most go."""
+    status, detail, scales = (table[name].to_pylist() for name in ("status", "detail", "scale"))
+    common = Counter(scale for scale, what in zip(scales, status, strict=True) if what == "ok").most_common(1)
+    for row, scale in enumerate(scales):
+        if status[row] == "ok" and scale != common[0][0]:
+            key = table["key"][row].as_py()
+            status[row], detail[row] = "bad-lq", f"{key} is a pair of scale {scale}, most are {common[0][0]}."
+    return _with(table, status, detail)
+
+
+def _with(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
+    for name, column in (("status", status), ("detail", detail)):
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(column, pa.string()))
+    return table
+
+
+def iter_images(uri: str) -> Iterator[Listed]:
+    """The pictures that `list_files` gives.
+
+    Raises:
+        DataError: There is none; or as `list_images`.
+    """
+    file_system, root = open_uri(uri, attempts=3)
+    found = list_files(uri) if _is_folder(file_system, root) else iter(())
+    images = (file for file in found if file.key.lower().endswith(IMAGE_SUFFIXES))
+    some = list(islice(images, 1))
+    if not some:
+        list_images(uri)  # says why
+        raise DataError(f"{uri} is a picture, where a folder of pictures is needed.")
+    yield from some
+    yield from images
+
+
+def _is_folder(file_system: fs.FileSystem, root: str) -> bool:
+    try:
+        return file_system.get_file_info(root).type == fs.FileType.Directory
+    except OSError:
+        return False  # `list_images` meets it again, and explains it
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri or not uri else open_uri(uri)[1]
+
+
+class _ScanProgress:
+    """One line: pictures/s and MB/s of the scan so far. How much is left is known when the listing ends."""
+
+    def __init__(self) -> None:
+        self._started = self._shown = time.monotonic()
+        self._pictures, self._bytes = 0, 0
+        self.reused = 0
+        """Pictures whose part was there already."""
+
+    def show(self, pictures: int, num_bytes: int) -> None:
+        self._pictures, self._bytes = self._pictures + pictures, self._bytes + num_bytes
+        now = time.monotonic()
+        if now - self._shown > _SHOW_EVERY_S:
+            self._shown = now
+            print(self, flush=True)
+
+    def end(self) -> None:
+        print(self, flush=True)
+
+    def __str__(self) -> str:
+        elapsed_s = time.monotonic() - self._started
+        return (
+            f"scanned {self._pictures} pictures  {self._pictures / elapsed_s:.0f}/s  "
+            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s  {self.reused} known from before"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

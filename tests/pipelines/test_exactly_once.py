@@ -1,0 +1,103 @@
+"""Properties of the stream at any sizes: every picture once an epoch, a sample the same wherever made."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctmsr.degradation import DegradationConfig
+from ctmsr.image import encode_png
+from pipelines.data import Rows, _Maker, _Schedule, _train_rows
+from pipelines.pictures import Pictures, find_pictures
+
+NUM_PICTURES = 7
+
+
+def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: int) -> list[list[str]]:
+    """Keys by step, as workers take them that are killed and go on.
+
+    Args:
+        pictures: The index.
+        seed: Of the order.
+        runs: (steps until the run is killed, workers), one after the other.
+        batch: Samples of a step, over all workers.
+    """
+    steps: list[list[str]] = []
+    total = batch * sum(num_steps for num_steps, _ in runs)
+    for num_steps, num_workers in runs:
+        schedule = _Schedule(pictures, seed, batch * len(steps), total, batch, num_workers)
+        lines: list[list[str]] = [[] for _ in range(num_workers)]
+        execution = 0
+        while len(lines[0]) < num_steps * batch // num_workers:
+            context = SimpleNamespace(_execution_idx=execution)
+            tasks = schedule.get_read_tasks(1, data_context=context)
+            for number, task in enumerate(tasks):  # streaming_split hands them out in turn
+                (block,) = task.read_fn()
+                lines[number % num_workers] += block["key"].to_pylist()
+            execution += 1
+        part = batch // num_workers
+        steps += [
+            [key for line in lines for key in line[step * part : (step + 1) * part]]
+            for step in range(num_steps)
+        ]
+    return steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pictures=st.integers(1, 300),
+    seed=st.integers(0, 2**32),
+    part=st.integers(1, 6),
+    runs=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 6])), min_size=1, max_size=4),
+)
+def test_every_picture_comes_once_an_epoch_whatever_is_killed(
+    num_pictures: int, seed: int, part: int, runs: list[tuple[int, int]]
+) -> None:
+    pictures = Pictures("p", pa.array([f"{i}.png" for i in range(num_pictures)]), "p", "v")
+    steps = consume(pictures, seed, runs, batch=12 * part)
+    keys = [key for step in steps for key in step]
+    whole = consume(pictures, seed, [(len(steps), 1)], batch=12 * part)
+    assert [sorted(step) for step in steps] == [sorted(step) for step in whole]  # the same images a step
+    keys = [key for step in whole for key in step]
+    epochs = [keys[start : start + num_pictures] for start in range(0, len(keys), num_pictures)]
+    for epoch in epochs:
+        assert max(Counter(epoch).values()) == 1
+    assert all(sorted(epoch) == sorted(pictures.keys.to_pylist()) for epoch in epochs[:-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for i in range(NUM_PICTURES):
+        (path / f"{i}.png").write_bytes(encode_png(draw.integers(0, 256, (40 + i, 50, 3), np.uint8)))
+    return path
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_sample_is_the_same_bytes_in_any_block(folder: Path, data: st.DataObject) -> None:
+    pictures = find_pictures(str(folder))
+    samples = data.draw(st.lists(st.integers(0, 5 * NUM_PICTURES), min_size=1, max_size=12, unique=True))
+    cut = data.draw(st.integers(0, len(samples)))
+    together = make(pictures, samples)
+    apart = [make(pictures, part) for part in (samples[cut:], samples[:cut]) if part]
+    found = {number: sample for part in apart for number, sample in part.items()}
+    assert found == together
+
+
+def make(pictures: Pictures, samples: list[int]) -> dict[int, tuple[str, bytes, bytes]]:
+    """Key, hr and lq by sample number, made in one task."""
+    (block,) = _Schedule(pictures, 3, 0, 0, 1, 1)._task(np.array(samples)).read_fn()
+    rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
+    maker = _Maker(pictures.folder, "", 32, 4, DegradationConfig(), 3, False)
+    made = _train_rows(rows, maker=maker)
+    return {
+        int(number): (str(key), hr.tobytes(), lq.tobytes())
+        for number, key, hr, lq in zip(made["sample"], made["key"], made["hr"], made["lq"], strict=True)
+    }

@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -124,7 +125,8 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
                 progress.reused += len(chunk)
                 continue
             lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
-            todo.append({"chunk": chunk, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
+            files = [asdict(file) for file in chunk]
+            todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
         if todo:
             _scan(todo, settings, progress)
     progress.end()
@@ -133,9 +135,9 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
 
 def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:
     def scan(row: dict[str, Any]) -> dict[str, Any]:
-        scan_chunk(row["chunk"], row["lq_keys"], settings, row["part_uri"])
-        sizes = [file.size for file in row["chunk"]]
-        return {"pictures": len(sizes), "bytes": sum(sizes)}
+        chunk = [Listed(**file) for file in row["files"]]
+        scan_chunk(chunk, row["lq_keys"], settings, row["part_uri"])
+        return {"pictures": len(chunk), "bytes": sum(file.size for file in chunk)}
 
     blocks = ray.data.from_items(todo, override_num_blocks=len(todo))
     try:

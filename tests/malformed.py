@@ -137,7 +137,8 @@ def _float(crop: Image.Image, draw: np.random.Generator) -> Broken:
 
 
 def _cut_animation(crop: Image.Image, draw: np.random.Generator) -> Broken:
-    return _animated(crop)[: int(draw.integers(30, 500))], CUT
+    file = _animated(crop)
+    return file[: int(len(file) * draw.uniform(0.02, 0.4))], CUT  # within the first frame
 
 
 def _cut_mode(mode: str) -> Callable[[Image.Image, np.random.Generator], Broken]:
@@ -149,7 +150,8 @@ def _cut_mode(mode: str) -> Callable[[Image.Image, np.random.Generator], Broken]
 
 
 def _cut_deep(crop: Image.Image, draw: np.random.Generator) -> Broken:
-    return _deep(crop)[: int(draw.integers(60, 2000))], CUT
+    file = _deep(crop)
+    return file[: int(len(file) * draw.uniform(0.05, 0.9))], CUT
 
 
 _BAD: dict[str, Callable[[Image.Image, np.random.Generator], Broken]] = {

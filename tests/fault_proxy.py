@@ -20,7 +20,7 @@ SLOW_DOWN = (
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards to `upstream`, but for a share of the requests. Kinds: "slow_down" (503), "reset", "stall", "cut"."""
+    """Forwards to `upstream`, but for shares of the requests: "slow_down" (503), "reset", "stall", "cut"."""
 
     daemon_threads = True
 

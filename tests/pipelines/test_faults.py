@@ -39,7 +39,7 @@ def test_a_fault_now_and_then_is_not_seen(s3: S3, bucket: str, kind: str) -> Non
 
 
 def test_a_stalled_answer_is_waited_for(s3: S3, bucket: str) -> None:
-    with failing(s3, stall=0.25) as proxy:
+    with failing(s3, stall=0.3) as proxy:
         file_system, root = open_uri(bucket)
         assert {key: read_bytes(file_system, f"{root}/{key}") for key in list(FILES)[:12]}
     assert proxy.counts["stall"] >= 1

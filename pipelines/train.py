@@ -319,7 +319,7 @@ def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
     fixed = ("train.global_batch_size",)  # where the stream of samples goes on is a multiple of it
     changed = [key for key in changed if key in fixed or not key.startswith(FREE_TO_CHANGE)]
     listed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5]]
-    version = manifest["meta"]["train_version"]
+    version = manifest["meta"].get("train_version", pictures.version)  # a converted one has none
     if version != pictures.version:
         listed.append(f"the pictures of data.train_uri: version {version} -> {pictures.version}")
     if listed:

@@ -89,12 +89,13 @@ def config_of(settings: list[str]) -> RunConfig:
     return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), settings))
 
 
-def write_checkpoint(config: RunConfig, uri: str, *, weights_of: RunConfig | None = None) -> None:
+def write_checkpoint(
+    config: RunConfig, uri: str, *, weights_of: RunConfig | None = None, **meta: object
+) -> None:
     model = ConsistencyModel((weights_of or config).network)
     state = {"global_step": torch.tensor(3)}
-    checkpoint.save(
-        Path(uri), model=model.state_dict(), config=to_dict(config), meta={"step": 3}, train_state=state
-    )
+    meta = {"step": 3, **meta}
+    checkpoint.save(Path(uri), model=model.state_dict(), config=to_dict(config), meta=meta, train_state=state)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -273,6 +274,8 @@ def test_a_run_does_not_continue_with_another_config(refused: Refused, good: lis
     message = refused(train, *good, "train.global_batch_size=32")
     assert "(train.global_batch_size: 4 -> 32)" in message
     check_inputs(config_of([*good, "train.num_workers=4", "train.max_failures=0"]))
+    write_checkpoint(before, f"{before.run_uri}/checkpoint_2", train_version="0123")
+    assert "(the pictures of data.train_uri: version 0123 -> " in refused(train, *good)
 
 
 @pytest.mark.parametrize("command", [evaluate, register])

@@ -1,8 +1,14 @@
 """A store that fails now and then loses nothing, and one that fails for good is named with the object."""
 
+import json
+import os
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +16,23 @@ from ctmsr.errors import DataError
 from pipelines.storage import list_images, open_uri, read_bytes, write_bytes
 from tests.conftest import S3
 from tests.fault_proxy import FaultProxy, fault_proxy
+from tests.malformed import good
 
 FILES = {f"{i:02d}.png": bytes([i]) * (20_000 + i) for i in range(30)}
+
+EPOCH = """
+import json, sys, ray
+from ctmsr.degradation import DegradationConfig
+from pipelines.data import train_stream
+from pipelines.pictures import find_pictures
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+pictures = find_pictures(sys.argv[1])
+stream = train_stream(pictures, hr_crop_size=32, scale=4, degradation=DegradationConfig(), seed=0, skip=0,
+                      total=len(pictures), global_batch_size=8, num_workers=1)
+batches = stream.iter_batches(batch_size=8, batch_format="numpy")
+print(json.dumps([row for rows in batches for row in zip(rows["key"], rows["problem"])]))
+"""
+"""A process of its own: the endpoint is that of the environment in which Ray starts."""
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +75,22 @@ def test_a_fault_that_stays_ends_with_the_name_of_the_object(s3: S3, bucket: str
         with pytest.raises(DataError, match=r"cannot use faults/03\.png: "):
             read_bytes(file_system, f"{root}/03.png")
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_an_epoch_has_every_key_once_for_all_the_faults(s3: S3) -> None:
+    corpus = {key: data for key, (data, _) in good(200, seed=11).items()}
+    uri = s3.make_bucket("faulty-epoch", corpus)
+    shares = {"slow_down": 0.1, "reset": 0.05, "stall": 0.02, "cut": 0.05}
+    with fault_proxy(s3.endpoint, shares) as proxy:
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {"AWS_ENDPOINT_URL": proxy.endpoint, "PYTHONPATH": root}
+        command = [sys.executable, "-c", EPOCH, uri]
+        ended = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False
+        )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    rows = json.loads(ended.stdout.splitlines()[-1])
+    assert Counter(key for key, _ in rows) == Counter(dict.fromkeys(corpus, 1))
+    assert {problem for _, problem in rows} == {""}
+    assert min(proxy.counts[kind] for kind in shares) >= 1

@@ -55,26 +55,42 @@ def worker(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Of one process, and of each of the two."""
+    """Of one process, of each of the two, and of one process whose weights begin one last bit higher."""
     folder = tmp_path_factory.mktemp("ddp")
     torch.multiprocessing.spawn(worker, args=(folder,), nprocs=NUM_WORKERS)
     parts = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
-    return [train(build_state(filled_model(), RECIPE.optim), 0, 1), *parts]
+    neighbour = filled_model()
+    with torch.no_grad():
+        for p in neighbour.parameters():
+            p.mul_(1 + torch.finfo(p.dtype).eps)
+    alone = [train(build_state(model, RECIPE.optim), 0, 1) for model in (filled_model(), neighbour)]
+    return [alone[0], *parts, alone[1]]
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def tolerance(histories: list[list[dict[str, Any]]], what: str, step: int) -> float:
+    """What rounding may do: on some CPUs it depends on the batch size, and gradients magnify last bits."""
+    whole, *_, neighbour = histories
+    return max(1e-5, 4 * relative_error(neighbour[step][what], whole[step][what]))
+
+
 @pytest.mark.parametrize("what", ["gradient", "weights", "ema"])
 def test_two_workers_equal_one(histories: list[list[dict[str, Any]]], what: str) -> None:
-    whole, part, _ = histories
-    errors = [relative_error(part[step][what], whole[step][what]) for step in range(NUM_STEPS)]
-    assert max(errors) <= 1e-5, errors
+    whole, part, *_ = histories
+    for step in range(NUM_STEPS):
+        assert relative_error(part[step][what], whole[step][what]) <= tolerance(histories, what, step)
+
+
+def test_the_tolerance_is_small(histories: list[list[dict[str, Any]]]) -> None:
+    """A worker left out, or other noise, changes half of the gradient."""
+    assert max(tolerance(histories, "gradient", step) for step in range(NUM_STEPS)) < 0.1
 
 
 def test_workers_stay_equal_bit_by_bit(histories: list[list[dict[str, Any]]]) -> None:
-    _, left, right = histories
+    _, left, right, _ = histories
     for step in range(NUM_STEPS):
         assert all(
             np.array_equal(left[step][what], right[step][what]) for what in ("gradient", "weights", "ema")
@@ -83,10 +99,11 @@ def test_workers_stay_equal_bit_by_bit(histories: list[list[dict[str, Any]]]) ->
 
 
 def test_losses_of_the_workers_average_to_that_of_one(histories: list[list[dict[str, Any]]]) -> None:
-    whole, left, right = ([each["losses"] for each in history] for history in histories)
+    whole, left, right, _ = ([each["losses"] for each in history] for history in histories)
     assert ["dtm_loss" in losses for losses in whole] == [False, True]
     for step in range(NUM_STEPS):
         for name, value in whole[step].items():
-            assert (left[step][name] + right[step][name]) / 2 == pytest.approx(value, rel=1e-5), (step, name)
+            mean = (left[step][name] + right[step][name]) / 2
+            assert mean == pytest.approx(value, rel=tolerance(histories, "gradient", step)), (step, name)
             if name != "grad_norm":
                 assert left[step][name] != right[step][name]

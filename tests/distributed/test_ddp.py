@@ -10,17 +10,30 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from ctmsr.network import ConsistencyModel
 from ctmsr.train_state import TrainState, build_state
 from ctmsr.train_step import train_step
 
 from .. import tiny
-from ..tiny import distance, filled_model, flat, make_batch
+from ..tiny import distance, flat, make_batch
 
 # One update of CT, one of CT + DTM: rounding differs between the two layouts, and each update amplifies it.
 NUM_STEPS = 2
 RECIPE = replace(tiny.RECIPE, optim=replace(tiny.OPTIM, ct_steps=1))
 GLOBAL_BATCH_SIZE = 4
 NUM_WORKERS = 2
+
+
+def calm_model() -> ConsistencyModel:
+    """Smaller weights than a filled model's, whose gradient turns the last bits of an image into 1e-3.
+
+    On some CPUs the batch size decides how sums round, so that one worker and two differ in those bits.
+    """
+    model = tiny.filled_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.3)
+    return model
 
 
 def train(state: TrainState, rank: int, num_workers: int) -> list[dict[str, Any]]:
@@ -47,7 +60,7 @@ def worker(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_WORKERS
     )
-    model = filled_model()
+    model = calm_model()
     state = build_state(model, RECIPE.optim, DistributedDataParallel(model))
     torch.save(train(state, rank, NUM_WORKERS), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -55,42 +68,26 @@ def worker(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Of one process, of each of the two, and of one process whose weights begin one last bit higher."""
+    """Of one process, and of each of the two."""
     folder = tmp_path_factory.mktemp("ddp")
     torch.multiprocessing.spawn(worker, args=(folder,), nprocs=NUM_WORKERS)
     parts = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
-    neighbour = filled_model()
-    with torch.no_grad():
-        for p in neighbour.parameters():
-            p.mul_(1 + torch.finfo(p.dtype).eps)
-    alone = [train(build_state(model, RECIPE.optim), 0, 1) for model in (filled_model(), neighbour)]
-    return [alone[0], *parts, alone[1]]
+    return [train(build_state(calm_model(), RECIPE.optim), 0, 1), *parts]
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def tolerance(histories: list[list[dict[str, Any]]], what: str, step: int) -> float:
-    """What rounding may do: on some CPUs it depends on the batch size, and gradients magnify last bits."""
-    whole, *_, neighbour = histories
-    return max(1e-5, 4 * relative_error(neighbour[step][what], whole[step][what]))
-
-
 @pytest.mark.parametrize("what", ["gradient", "weights", "ema"])
 def test_two_workers_equal_one(histories: list[list[dict[str, Any]]], what: str) -> None:
-    whole, part, *_ = histories
-    for step in range(NUM_STEPS):
-        assert relative_error(part[step][what], whole[step][what]) <= tolerance(histories, what, step)
-
-
-def test_the_tolerance_is_small(histories: list[list[dict[str, Any]]]) -> None:
-    """A worker left out, or other noise, changes half of the gradient."""
-    assert max(tolerance(histories, "gradient", step) for step in range(NUM_STEPS)) < 0.1
+    whole, part, _ = histories
+    errors = [relative_error(part[step][what], whole[step][what]) for step in range(NUM_STEPS)]
+    assert max(errors) <= 1e-5, errors
 
 
 def test_workers_stay_equal_bit_by_bit(histories: list[list[dict[str, Any]]]) -> None:
-    _, left, right, _ = histories
+    _, left, right = histories
     for step in range(NUM_STEPS):
         assert all(
             np.array_equal(left[step][what], right[step][what]) for what in ("gradient", "weights", "ema")
@@ -99,11 +96,10 @@ def test_workers_stay_equal_bit_by_bit(histories: list[list[dict[str, Any]]]) ->
 
 
 def test_losses_of_the_workers_average_to_that_of_one(histories: list[list[dict[str, Any]]]) -> None:
-    whole, left, right, _ = ([each["losses"] for each in history] for history in histories)
+    whole, left, right = ([each["losses"] for each in history] for history in histories)
     assert ["dtm_loss" in losses for losses in whole] == [False, True]
     for step in range(NUM_STEPS):
         for name, value in whole[step].items():
-            mean = (left[step][name] + right[step][name]) / 2
-            assert mean == pytest.approx(value, rel=tolerance(histories, "gradient", step)), (step, name)
+            assert (left[step][name] + right[step][name]) / 2 == pytest.approx(value, rel=1e-5), (step, name)
             if name != "grad_norm":
                 assert left[step][name] != right[step][name]

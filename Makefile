@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-ceph lint clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(INSTALLED) ## Make .venv and fetch the LPIPS backbones into the cache
 	@$(BIN)/python -m pipelines.backbones
@@ -17,6 +17,9 @@ demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 
 test: setup ## Run the tests that need no GPU and no server
 	@$(BIN)/python -m pytest
+
+test-ceph: setup ## Run the tests that use an S3 store, slow ones too, against Ceph's RADOS Gateway
+	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote"
 
 lint: $(INSTALLED) ## Check format, lint and types
 	@$(BIN)/ruff format --check .

@@ -12,9 +12,11 @@ nothing is deleted. An index is a folder:
 import argparse
 import hashlib
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
@@ -33,6 +35,7 @@ from .cluster import ray_cluster
 from .command import root_cause, run
 from .data import configured
 from .pictures import INDEX_SUFFIX, SUMMARY_FILE
+from .progress import duration
 from .scan import SCHEMA, Listed, Settings, chunks, list_files, part_name, scan_chunk, stem, write_table
 from .storage import IMAGE_SUFFIXES, list_images, open_uri, read_bytes, write_bytes
 
@@ -115,7 +118,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
                 yield file
 
     names: list[str] = []
-    progress = _ScanProgress()
+    progress = _ScanProgress(settings.uri)
     cut = chunks(counted())
     while some := list(islice(cut, _ROUND_CHUNKS)):
         todo = []
@@ -239,13 +242,24 @@ def _absolute(uri: str) -> str:
 
 
 class _ScanProgress:
-    """One line: pictures/s and MB/s of the scan so far. How much is left is known when the listing ends."""
+    """One line: pictures/s, MB/s and the time left.
 
-    def __init__(self) -> None:
+    The scan lists as it goes, so how much is left comes from a listing of its own, which only counts.
+    """
+
+    def __init__(self, uri: str) -> None:
         self._started = self._shown = time.monotonic()
         self._pictures, self._bytes = 0, 0
+        self._listed, self._is_whole = 0, False
         self.reused = 0
         """Pictures whose part was there already."""
+        threading.Thread(target=self._count, args=(uri,), daemon=True).start()
+
+    def _count(self, uri: str) -> None:
+        with suppress(DataError):  # the scan meets it too, and tells
+            for _ in iter_images(uri):
+                self._listed += 1
+            self._is_whole = True
 
     def show(self, pictures: int, num_bytes: int) -> None:
         self._pictures, self._bytes = self._pictures + pictures, self._bytes + num_bytes
@@ -259,9 +273,13 @@ class _ScanProgress:
 
     def __str__(self) -> str:
         elapsed_s = time.monotonic() - self._started
+        known = f"  {self.reused} known from before" if self.reused else ""
+        left = max(0, self._listed - self.reused - self._pictures)
+        if left and self._is_whole:
+            known += f"  {left} to go, ETA {duration(left * elapsed_s / max(self._pictures, 1))}"
         return (
             f"scanned {self._pictures} pictures  {self._pictures / elapsed_s:.0f}/s  "
-            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s  {self.reused} known from before"
+            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s{known}"
         )
 
 

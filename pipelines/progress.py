@@ -31,13 +31,17 @@ class Progress:
     eta_s: float
 
     def __str__(self) -> str:
-        minutes, seconds = divmod(round(self.eta_s), 60)
-        hours, minutes = divmod(minutes, 60)
         return (
             f"{self.name}  {self.phase} step {self.step}/{self.total_steps}  loss {self.loss:.3f}  "
             f"{self.images_per_s:.1f} images/s  data {self.data_mb_per_s:.1f} MB/s, "
-            f"wait {self.data_wait:.0%}  ETA {hours:d}:{minutes:02d}:{seconds:02d}"
+            f"wait {self.data_wait:.0%}  ETA {duration(self.eta_s)}"
         )
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60:d}:{minutes % 60:02d}:{rest:02d}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What tests share: real photographs, an S3 server and a Ray cluster in this machine, each started once."""
 
 import logging
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ class S3:
 
     endpoint: str
     client: Any
+    is_moto: bool
 
     def make_bucket(self, name: str, files: Mapping[str, bytes] | None = None) -> str:
         """Creates a bucket that holds `files` by key, and returns its URI."""
@@ -28,18 +30,34 @@ class S3:
         return f"s3://{name}"
 
     @contextmanager
-    def refusing_strangers(self) -> Iterator[None]:
-        """While active, the server checks who signs a request; it knows nobody."""
-        self._check_after("0")
+    def as_a_stranger(self) -> Iterator[None]:
+        """While active, this process signs with a secret that the server does not know."""
+        if self.is_moto:  # which believes everybody unless told
+            self._check_after("0")
         try:
-            yield
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+                yield
         finally:
-            self._check_after("inf")
+            if self.is_moto:
+                self._check_after("inf")
 
     def _check_after(self, num_requests: str) -> None:
         url, headers = f"{self.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
         request = urllib.request.Request(url, num_requests.encode(), headers, method="POST")
         urllib.request.urlopen(request, timeout=10).close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Another store than the usual one is for the tests that use a store."""
+    if config.getoption("--store") != "moto":
+        others = [item for item in items if "s3" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,25 +69,41 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3]:
+def s3(request: pytest.FixtureRequest) -> Iterator[S3]:
     import boto3
+
+    is_moto = request.config.getoption("--store") == "moto"
+    with _moto() if is_moto else _ceph() as server, pytest.MonkeyPatch.context() as patch:
+        endpoint, access_key, secret_key = server
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", access_key)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        yield S3(endpoint, boto3.client("s3"), is_moto)
+
+
+@contextmanager
+def _moto() -> Iterator[tuple[str, str, str]]:
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-            patch.delenv(name, raising=False)
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        yield S3(f"http://{host}:{port}", boto3.client("s3"))
+    yield f"http://{host}:{port}", "test", "test"
     server.stop()
+
+
+@contextmanager
+def _ceph() -> Iterator[tuple[str, str, str]]:
+    from tests.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
+
+    with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
+        yield endpoint, ACCESS_KEY, SECRET_KEY
 
 
 @pytest.fixture(scope="session")

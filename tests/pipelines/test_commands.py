@@ -221,7 +221,7 @@ def test_test_pictures_that_cannot_be_used(refused: Refused, good: list[str], bu
 
 
 def test_credentials_that_are_refused(refused: Refused, good: list[str], s3: S3) -> None:
-    with s3.refusing_strangers():
+    with s3.as_a_stranger():
         message = refused(train, *good)
     assert "access is refused. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
 

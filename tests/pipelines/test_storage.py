@@ -139,7 +139,7 @@ def test_what_is_missing_is_told_apart(s3: S3, tmp_path: Path) -> None:
 def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
     uri = s3.make_bucket("guarded", {"a.png": b"1"})
     with (
-        s3.refusing_strangers(),
+        s3.as_a_stranger(),
         pytest.raises(DataError, match=r"access is refused\. Check AWS_ACCESS_KEY_ID"),
     ):
         list_images(uri)

@@ -1,0 +1,51 @@
+"""The store of the benchmarks: Ceph's gateway (tests/ceph.py) with a bucket of JPEG crops of photographs."""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import numpy as np
+import skimage.data
+from PIL import Image
+
+from tests.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
+
+
+@contextmanager
+def bucket(num: int, side: int) -> Iterator[str]:
+    """URI of a bucket of `num` square pictures; this process's AWS variables point to it, and stay so."""
+    with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="photos")
+
+        def put(number: int) -> None:
+            client.put_object(Bucket="photos", Key=f"{number:06d}.jpg", Body=photo(number, side))
+
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(put, range(num)):
+                pass
+        yield "s3://photos"
+
+
+def photo(number: int, side: int) -> bytes:
+    """A JPEG file, another crop for every number."""
+    image = getattr(skimage.data, PHOTOS[number % len(PHOTOS)])()
+    draw = np.random.default_rng(number)
+    top, left = (int(draw.integers(max(1, length - side + 1))) for length in image.shape[:2])
+    file = io.BytesIO()
+    Image.fromarray(image[top : top + side, left : left + side]).save(file, "JPEG", quality=92)
+    return file.getvalue()

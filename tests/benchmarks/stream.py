@@ -1,0 +1,193 @@
+"""Speed of the stream from an S3 store to batches: `python -m tests.benchmarks.stream`.
+
+Three ways to make the same samples, in turn, by the same number of processes on the same cores: bytes already
+in memory, which leaves decoding, crop and degradation; a torch DataLoader that fetches one picture after the
+other; and our stream. The store (Ceph, see tests/ceph.py) and the consumer have the last core. Two ratios
+end the table, of medians over the rounds: stream to memory, stream to DataLoader.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import cv2
+import numpy as np
+import ray
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ctmsr.degradation import degrade
+from ctmsr.degradation_config import DegradationConfig
+from ctmsr.image import decode, random_crop
+from ctmsr.rng import sample_rng
+from pipelines.data import train_stream
+from pipelines.pictures import Pictures, find_pictures
+from pipelines.storage import open_uri, read_bytes
+
+from .store import bucket
+
+BATCH = 16
+CROP, SCALE, SEED = 256, 4, 0
+CONFIG = DegradationConfig()
+
+
+def sample(data: bytes, key: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a data task makes of a file."""
+    hr_u8 = random_crop(decode(data, name=key), CROP, sample_rng(SEED, epoch, key, "crop"), name=key)
+    return hr_u8, degrade(hr_u8, scale=SCALE, config=CONFIG, rng=sample_rng(SEED, epoch, key, "degrade"))
+
+
+def pin(cores: list[int]) -> None:
+    """Keeps this process, and those it starts, on some cores, with one thread for a picture."""
+    os.sched_setaffinity(0, cores)
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+@dataclass
+class Bucket(Dataset):
+    """As one would write it for a DataLoader: fetch, decode, crop, degrade."""
+
+    uri: str
+    keys: list[str]
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        if not hasattr(self, "_place"):
+            self._place = open_uri(self.uri)
+        file_system, root = self._place
+        epoch, position = divmod(number, len(self.keys))
+        key = self.keys[position]
+        return sample(read_bytes(file_system, f"{root}/{key}"), key, epoch)
+
+
+def rate(batches: Iterator[object], num_warm: int, num_timed: int) -> float:
+    """Images/s of an iterator of batches, after the first `num_warm` images."""
+    for _ in range(num_warm // BATCH):
+        next(batches)
+    started = time.perf_counter()
+    for _ in range(num_timed // BATCH):
+        next(batches)
+    return num_timed / (time.perf_counter() - started)
+
+
+def from_memory(files: dict[str, bytes], cores: list[int], num_timed: int) -> float:
+    """Images/s of processes that have the bytes."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(len(cores), _pin_one, (context.Value("i", 0), cores)) as pool:
+        items = [(data, key, 0) for key, data in files.items()]
+        some = [items[i % len(items)] for i in range(num_timed)]
+        pool.map(_make, some[: 8 * len(cores)], chunksize=8)
+        started = time.perf_counter()
+        pool.map(_make, some, chunksize=len(some) // len(cores))
+        return num_timed / (time.perf_counter() - started)
+
+
+def _pin_one(counter: "multiprocessing.sharedctypes.Synchronized[int]", cores: list[int]) -> None:
+    with counter.get_lock():
+        pin([cores[counter.value % len(cores)]])
+        counter.value += 1
+
+
+def _make(item: tuple[bytes, str, int]) -> None:
+    sample(*item)  # not sent back, as in a process that feeds a trainer of its own
+
+
+def from_loader(uri: str, keys: list[str], cores: list[int], num_warm: int, num_timed: int) -> float:
+    """Images/s of a DataLoader. `spawn`, because threads of the S3 client do not survive a fork."""
+    loader = DataLoader(
+        Bucket(uri, keys, num_warm + num_timed),
+        batch_size=BATCH,
+        num_workers=len(cores),
+        worker_init_fn=partial(_pin_worker, cores=cores),
+        multiprocessing_context="spawn",
+    )
+    return rate(iter(loader), num_warm, num_timed)
+
+
+def _pin_worker(number: int, cores: list[int]) -> None:
+    pin([cores[number]])
+
+
+def from_stream(pictures: Pictures, num_warm: int, num_timed: int) -> float:
+    """Images/s of our stream."""
+    stream = train_stream(
+        pictures,
+        hr_crop_size=CROP,
+        scale=SCALE,
+        degradation=CONFIG,
+        seed=SEED,
+        skip=0,
+        total=num_warm + num_timed,
+        global_batch_size=BATCH,
+        num_workers=1,
+    )
+    return rate(iter(stream.iter_batches(batch_size=BATCH)), num_warm, num_timed)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--photos", type=int, default=400, help="in the bucket; default %(default)s")
+    parser.add_argument("--side", type=int, default=384, help="of a photo in pixels; default %(default)s")
+    parser.add_argument("--images", type=int, default=1600, help="timed in a round; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    arguments = parser.parse_args()
+    *cores, last = sorted(os.sched_getaffinity(0))
+    pin([last])
+    num_warm, num_timed = 480, arguments.images
+    with bucket(arguments.photos, arguments.side) as uri:
+        pictures = find_pictures(uri)
+        keys = pictures.keys.to_pylist()
+        file_system, root = open_uri(uri)
+        files = {key: read_bytes(file_system, f"{root}/{key}") for key in keys}
+        forms: dict[str, Callable[[], float]] = {
+            "bytes in memory": partial(from_memory, files, cores, num_timed),
+            "DataLoader": partial(from_loader, uri, keys, cores, num_warm, num_timed),
+            "stream": partial(from_stream, pictures, num_warm, num_timed),
+        }
+        ray.init(
+            address="local",
+            num_cpus=len(cores),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            runtime_env={"worker_process_setup_hook": lambda: pin(cores)},
+        )
+        rates = measure(forms, arguments.rounds)
+        ray.shutdown()
+    size = sum(map(len, files.values())) / len(files)
+    print(
+        f"{len(cores)} process(es), a core each; JPEG {arguments.side}x{arguments.side}, {size / 1e3:.0f} KB"
+    )
+    print(f"{'':18}{'images/s':>10}{'min':>8}{'max':>8}")
+    for name, values in rates.items():
+        print(f"{name:18}{statistics.median(values):>10.1f}{min(values):>8.1f}{max(values):>8.1f}")
+    stream = statistics.median(rates["stream"])
+    print(f"ratio to DataLoader {stream / statistics.median(rates['DataLoader']):.2f}")
+    print(f"ratio {stream / statistics.median(rates['bytes in memory']):.2f}")
+
+
+def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Images/s of every form in every round."""
+    rates: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, form in forms.items():
+            rates[name].append(form())
+            print(f"  {name} {rates[name][-1]:.1f}", flush=True)
+    return rates
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,7 @@ run dir = {root}/run
 crash dir = {root}/log
 [client.rgw.a]
 rgw data = {root}/rgw
-rgw frontends = beast endpoint=127.0.0.1:{rgw_port}
+rgw frontends = beast endpoint=127.0.0.1:{rgw_port} tcp_nodelay=1
 rgw thread pool size = 64
 rgw run sync thread = false
 """

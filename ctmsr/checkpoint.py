@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -76,8 +77,7 @@ def save(
         staging.mkdir()
         files = {}
         for name, state in tensors.items():
-            save_file({key: t.detach().cpu().contiguous() for key, t in state.items()}, staging / name)
-            _sync(staging / name)
+            _write_tensors(state, staging / name)
             files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
         manifest = {"format_version": FORMAT_VERSION, "config": config, "meta": meta, "files": files}
         (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -218,6 +218,14 @@ def _verify(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -13,6 +13,10 @@ class DataError(UserError):
     """An image or the storage that holds it cannot be used."""
 
 
+class StoreError(DataError):
+    """A store refuses, fails or does not answer; the same call may succeed later."""
+
+
 class PictureError(DataError):
     """A picture cannot be used; `reason` is the kind of defect, in a word."""
 

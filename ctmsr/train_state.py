@@ -19,7 +19,7 @@ class OptimConfig:
     """Optimisation. Defaults are the published run's: AdamW, lr halved once, no warm-up."""
 
     ct_steps: int = 500_000
-    """Optimizer updates of the first phase, consistency training."""
+    """Optimizer updates of the first phase, consistency training; 0 for a run of the second alone."""
     dtm_steps: int = 2_000
     """Optimizer updates of the second phase, CT + DTM."""
     lr: float = 5e-5
@@ -36,8 +36,9 @@ class OptimConfig:
     """The frozen copy that DTM compares with is renewed this often, in steps."""
 
     def __post_init__(self) -> None:
-        check(self.ct_steps >= 1, f"optim.ct_steps must be at least 1, got {self.ct_steps}.")
+        check(self.ct_steps >= 0, f"optim.ct_steps must be at least 0, got {self.ct_steps}.")
         check(self.dtm_steps >= 0, f"optim.dtm_steps must be at least 0, got {self.dtm_steps}.")
+        check(self.total_steps >= 1, "optim.ct_steps and optim.dtm_steps are both 0: nothing to train.")
         check(0 < self.lr <= 1, f"optim.lr must be in (0, 1], got {self.lr}.")
         check(self.lr_halve_at >= 1, f"optim.lr_halve_at must be at least 1, got {self.lr_halve_at}.")
         check(all(0 <= b < 1 for b in self.betas), f"optim.betas must be in [0, 1), got {self.betas}.")
@@ -111,6 +112,20 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors | {"global_step": torch.tensor(state.global_step)}
 
 
+def start_from(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:
+    """Weights, EMA and, where there is one, optimizer state of another run's end; steps count from 0.
+
+    Args:
+        state: Freshly built, with the same network.
+        ema: The checkpoint's model.
+        tensors: Of its training state; none of a released checkpoint, whose EMA is then trained on.
+    """
+    state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS) or ema.state_dict())
+    state.ema_model.load_state_dict(ema.state_dict())
+    state.ema.n_averaged.fill_(1)  # at 0 the first update would replace the average
+    _restore_optimizer(state, tensors)
+
+
 def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:
     """The reverse of `state_tensors`, in place.
 
@@ -126,12 +141,16 @@ def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str
         state.refresh_dtm_model()
         assert state.dtm_model is not None
         state.dtm_model.load_state_dict(frozen)
+    _restore_optimizer(state, tensors)
+    state.global_step = int(tensors["global_step"])
+
+
+def _restore_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in _section(tensors, "optimizer.").items():
         index, moment = name.split(".")
         moments.setdefault(int(index), {})[moment] = value
     state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": moments})
-    state.global_step = int(tensors["global_step"])
 
 
 def _section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Every random number of a step is a function of the run seed and the global step 
 number of workers: n workers on n parts of a batch compute what one worker computes on the whole of it.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,21 @@ class Batch:
     keys: list[str]
     """Image keys, for messages."""
     share: float = 1.0
-    """Of this worker's samples, those that are here; the others could not be read and add no gradient."""
+    """Weight of these images' mean loss, such that the mean over all workers is that over the global batch:
+    1 where all workers have equally many, less for one that lacks some."""
+
+    def parts(self, size: int) -> "list[Batch]":
+        """Consecutive parts of at most `size` images, with the `share` of the whole."""
+        return [
+            Batch(
+                hr_u8=self.hr_u8[first : first + size],
+                lq_u8=self.lq_u8[first : first + size],
+                samples=self.samples[first : first + size],
+                keys=self.keys[first : first + size],
+                share=self.share,
+            )
+            for first in range(0, len(self.samples), size)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +62,9 @@ class Recipe:
     loss: LossConfig
 
 
-def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
+def train_step(
+    state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance, micro_batch_size: int | None = None
+) -> dict[str, Tensor]:
     """One update of `state` in place: forward, backward, finite check, AdamW, EMA.
 
     Args:
@@ -55,9 +72,12 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance)
         batch: This worker's part of the global batch.
         recipe: The run's constants.
         lpips: LPIPS-vgg.
+        micro_batch_size: Images of one forward and backward pass; the gradients of several are added up
+            before the update. None takes the batch at once.
 
     Returns:
-        Scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`, `grad_norm`; then `dtm_loss`.
+        Means over this worker's images, scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`,
+        `grad_norm`; then `dtm_loss`.
 
     Raises:
         FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.
@@ -70,10 +90,9 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance)
     if step >= optim.ct_steps and (step - optim.ct_steps) % optim.dtm_refresh_steps == 0:
         state.refresh_dtm_model()
 
-    losses = compute_losses(state, batch, recipe, lpips)
-    losses["loss"].backward()
+    losses = _backward(state, batch.parts(micro_batch_size or len(batch.samples)), recipe, lpips)
     grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
-    losses = {name: value.detach() for name, value in losses.items()} | {"grad_norm": grad_norm}
+    losses |= {"grad_norm": grad_norm}
     state.unchecked.append(StepRecord(step, batch.samples, batch.keys, losses))
     if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
         check_finite(state)
@@ -86,6 +105,22 @@ def train_step(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance)
     state.ema.update_parameters(state.model)
     state.global_step += 1
     return losses
+
+
+def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
+    """Adds the gradients of a batch's parts, which workers exchange once, with the last of them."""
+    num_images = sum(len(part.samples) for part in parts)
+    means: dict[str, Tensor] = {}
+    for number, part in enumerate(parts, 1):
+        alone = getattr(state.parallel, "no_sync", contextlib.nullcontext)
+        with contextlib.nullcontext() if number == len(parts) else alone():
+            losses = compute_losses(state, part, recipe, lpips)
+            weight = len(part.samples) / num_images
+            (losses["loss"] * (weight * part.share)).backward()
+        for name, value in losses.items():
+            term = weight * value.detach()
+            means[name] = means[name] + term if name in means else term
+    return means
 
 
 def check_finite(state: TrainState) -> None:
@@ -151,7 +186,6 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
             config=recipe.loss,
         )
         losses["loss"] = losses["ct_loss"] + losses["dtm_loss"]
-    losses["loss"] = losses["loss"] * batch.share
     return losses
 
 

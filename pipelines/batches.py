@@ -1,4 +1,4 @@
-"""Rows of the training stream to batches: on the device, without the pictures that could not be read."""
+"""Rows of the training stream to batches: on the device, without empty rows and unreadable pictures."""
 
 import numpy as np
 import torch
@@ -7,24 +7,23 @@ from ray.util.queue import Queue
 from ctmsr.errors import DataError
 from ctmsr.train_step import Batch
 
-from .config import RunConfig
 from .data import Rows
 
 
-def make_batch(rows: Rows, device: torch.device) -> Batch:
-    """This worker's part of a batch. Rows with a problem are left out and lower `share`.
+def make_batch(rows: Rows, device: torch.device, *, global_batch_size: int, num_workers: int) -> Batch:
+    """This worker's part of a batch. Empty rows and rows with a problem are left out and lower `share`.
 
-    Where every row has one, a black picture stays in, which counts nothing: the worker must take part in the
+    Where none is left, a black picture stays in, which counts nothing: the worker must take part in the
     update of the others.
     """
-    good = np.flatnonzero(rows["problem"] == "")
+    good = np.flatnonzero((rows["problem"] == "") & (rows["sample"] >= 0))
     kept = good if len(good) else np.arange(1)
     return Batch(
         hr_u8=torch.tensor(rows["hr"][kept]).to(device, non_blocking=True),
         lq_u8=torch.tensor(rows["lq"][kept]).to(device, non_blocking=True),
         samples=rows["sample"][kept].tolist(),
         keys=rows["key"][kept].tolist(),
-        share=len(good) / len(rows["sample"]),
+        share=len(good) * num_workers / global_batch_size,
     )
 
 
@@ -34,10 +33,10 @@ class Intake:
     Each of these is told once, and too many end the run.
     """
 
-    def __init__(self, config: RunConfig, num_pictures: int, progress: Queue) -> None:
-        self._limit = config.data.max_unreadable
-        self._num_own = num_pictures / config.train.num_workers
-        """Pictures of an epoch that this worker sees."""
+    def __init__(self, max_unreadable: float, num_own: float, progress: Queue) -> None:
+        """`num_own` is how many pictures of an epoch this worker sees; `max_unreadable` the share allowed."""
+        self._limit = max_unreadable
+        self._num_own = num_own
         self._progress = progress
         self._keys: set[str] = set()
         self.file_bytes = 0

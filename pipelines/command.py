@@ -21,9 +21,23 @@ def run(main: Callable[[list[str] | None], int]) -> None:
     sys.exit(status)
 
 
-def root_cause(error: BaseException) -> str:
-    """The error that started a chain of them, in one line: what Ray wraps says more than its wrapping."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+def first_cause(error: BaseException) -> BaseException:
+    """The error that started a chain of them: what Ray wraps says more than its wrapping."""
+    while True:
+        cause = getattr(error, "cause", None)  # of Ray's wrapping, which may pass for what it wraps
+        if cause is None and not isinstance(error, UserError):  # whose message says it all
+            cause = error.__cause__
+        if cause is None:
+            return error
         error = cause
+
+
+def root_cause(error: BaseException) -> str:
+    """The error that started a chain of them, in one line."""
+    return one_line(first_cause(error))
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"  # Ray Data adds lines of its own

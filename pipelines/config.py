@@ -61,6 +61,10 @@ class TrainConfig:
     """Images an update, over all workers."""
     num_workers: int = 4
     """Ray Train workers: processes that hold the network."""
+    min_workers: int = 0
+    """Workers to go on with while nodes are missing; more join up to num_workers. 0 waits for num_workers."""
+    micro_batch_size: int = 8
+    """Images that a worker's network takes at once; of a larger part of a batch it adds up the gradients."""
     use_gpu: bool = True
     """One GPU a worker; false trains on CPUs."""
     cpus_per_worker: float = 1.0
@@ -77,30 +81,39 @@ class TrainConfig:
     """Steps between two checkpoints, each with an evaluation of the EMA weights on data.val_uri."""
     num_checkpoints_kept: int = 3
     """Newest checkpoints that stay in storage."""
+    num_best_kept: int = 1
+    """Checkpoints with the lowest LPIPS on data.val_uri that stay besides."""
     max_failures: int = 3
-    """Worker failures that Ray Train mends by restarting from the newest checkpoint."""
+    """Failures in a row, without a new checkpoint in between, after which workers are not started again."""
 
     def __post_init__(self) -> None:
         for name in (
             "global_batch_size",
             "num_workers",
+            "micro_batch_size",
             "log_every_steps",
             "checkpoint_every_steps",
             "num_checkpoints_kept",
         ):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}.")
         check(self.cpus_per_worker > 0, f"train.cpus_per_worker must be above 0, got {self.cpus_per_worker}.")
-        check(self.max_failures >= 0, f"train.max_failures must be at least 0, got {self.max_failures}.")
+        for name in ("num_best_kept", "max_failures"):
+            check(getattr(self, name) >= 0, f"train.{name} must be at least 0, got {getattr(self, name)}.")
         check(
-            self.global_batch_size % self.num_workers == 0,
-            f"train.global_batch_size ({self.global_batch_size}) must be a multiple of train.num_workers "
-            f"({self.num_workers}): every worker takes an equal part.",
+            self.num_workers <= self.global_batch_size,
+            f"train.num_workers ({self.num_workers}) must be at most train.global_batch_size "
+            f"({self.global_batch_size}): a worker without an image has nothing to do.",
         )
-
-    @property
-    def per_worker_batch_size(self) -> int:
-        """Images an update on one worker."""
-        return self.global_batch_size // self.num_workers
+        check(
+            0 <= self.min_workers <= self.num_workers,
+            f"train.min_workers must be from 0 to train.num_workers ({self.num_workers}), "
+            f"got {self.min_workers}.",
+        )
+        check(
+            not self.min_workers or self.cpus_per_worker.is_integer(),
+            f"train.cpus_per_worker must be a whole number with train.min_workers, got "
+            f"{self.cpus_per_worker}: Ray counts free places in whole CPUs.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +158,8 @@ class RunConfig:
     """Name of the run: its folder under storage_uri, and its name in MLflow."""
     seed: int = 0
     """Seed of weights, noise, order, crops and degradation."""
+    init_uri: str = ""
+    """Checkpoint whose weights, EMA and optimizer state a run starts from; empty: random weights."""
     storage_uri: str = "runs"
     """Folder for checkpoints: a local path, s3://bucket/folder or gs://bucket/folder."""
     tracking_uri: str = "sqlite:///runs/mlflow.db"
@@ -166,7 +181,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
         check(
-            bool(self.name) and set(self.name) <= allowed,
+            bool(self.name.strip(".")) and set(self.name) <= allowed,
             f"name must be letters, digits, '-', '_' or '.', got {self.name!r}: it names a folder.",
         )
         check(

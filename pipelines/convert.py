@@ -9,10 +9,10 @@ from ctmsr.errors import CheckpointError, ConfigError
 from ctmsr.network import ConsistencyModel
 from ctmsr.published import read_pth, write_pth
 
+from .checkpoints import fetched
 from .cli import config_parser, print_config, resolve
 from .command import run
 from .config import RunConfig
-from .evaluate import local_checkpoint
 
 EXAMPLES = """\
   the published x4 model becomes a checkpoint, which evaluate and register take:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             f"next: python -m pipelines.evaluate --checkpoint {arguments.target} --set data.test_uri=FOLDER"
         )
     else:
-        with local_checkpoint(arguments.source) as folder:
+        with fetched(arguments.source) as folder:
             export_pth(folder, arguments.target)
     print(f"written: {arguments.target}")
     return 0

@@ -8,6 +8,7 @@ checkpoint records with one number what each epoch has consumed.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import ray.data
+import ray.train
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
@@ -32,6 +34,7 @@ _MIN_BLOCK_ROWS = 80
 """A block costs Ray Data the same whatever it holds: 40 rows gave 1.6 to 2 times the images/s of 20."""
 _ROUND_BLOCKS = 64
 """Blocks of one execution of the stream. Ray Data plans them all, 3 ms each, before the first one runs."""
+_NO_SAMPLE = -1
 _VAL_BLOCK_ROWS = 8
 _VAL_SEED = 0
 """Not the run's seed: runs are compared on equal held-out pictures."""
@@ -39,6 +42,8 @@ _FETCH_THREADS = 8
 _CHECKED_PICTURES = 16
 
 Rows = dict[str, np.ndarray]
+StreamMaker = Callable[..., ray.data.Dataset]
+"""`train_stream` with all arguments but `num_workers`."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,10 @@ def train_stream(
 ) -> ray.data.Dataset:
     """The samples `skip`..`total` of one endless schedule, to be split among `num_workers` with equal=True.
 
-    After every batch of global_batch_size / num_workers rows on each worker, all workers together have had
-    exactly the next `global_batch_size` samples: a run may stop after any step and continue with `skip` =
-    samples seen, on any number of workers.
+    After every batch of `rows_per_worker` rows on each worker, all workers together have had exactly the next
+    `global_batch_size` samples: a run may stop after any step and continue with `skip` = samples seen, on any
+    number of workers. Where the batch does not divide, the last workers' rows end with empty ones of sample
+    number -1, in every batch.
 
     One iteration gives a bounded part of the stream, the next one what follows, and nothing is left after
     `total`: iterate again until the last step is done. Planned are sample numbers only; pictures are read by
@@ -113,7 +119,7 @@ def train_stream(
         seed: Seed of order, crops and degradation.
         skip: Samples already consumed, a multiple of `global_batch_size`.
         total: Samples of the whole run; a last part of a batch is dropped.
-        global_batch_size: Rows an update over all workers, a multiple of `num_workers`.
+        global_batch_size: Samples an update over all workers.
         num_workers: Consumers. With another number every sample still comes once, in another grouping.
 
     Returns:
@@ -126,6 +132,11 @@ def train_stream(
     blocks = ray.data.read_datasource(schedule, override_num_blocks=max(1, len(schedule.get_read_tasks(1))))
     maker = _Maker(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, seed, False)
     return configured(blocks.map_batches(partial(_train_rows, maker=maker), batch_size=None))
+
+
+def rows_per_worker(global_batch_size: int, num_workers: int) -> int:
+    """Rows of the training stream that each worker takes a step."""
+    return -(-global_batch_size // num_workers)
 
 
 def val_samples(
@@ -150,8 +161,27 @@ def val_samples(
     return configured(rows)
 
 
-def execution_options() -> ray.data.ExecutionOptions:
-    """For `ray.train.DataConfig`, which replaces a data set's own: blocks are handed out in order."""
+class StreamConfig(ray.train.DataConfig):
+    """How a trainer's data sets reach its workers: "train" in parts, in order, and others whole.
+
+    The training stream depends on the number of workers, which an elastic run knows only when they start. So
+    the trainer's `datasets` hold a function of it, which is called here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(datasets_to_split=["train"], execution_options=_in_order())
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """Called by Ray Train with `datasets` and `world_size`; iterators by worker and name."""
+        made = {
+            name: make(num_workers=world_size) if callable(make) else make for name, make in datasets.items()
+        }
+        return super().configure(made, world_size, *args, **kwargs)
+
+
+def _in_order() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(preserve_order=True)
 
 
@@ -185,16 +215,22 @@ class _Schedule(Datasource):
         tasks = []
         for step in range(first, stop, self._steps_per_block):
             steps = np.arange(step, min(step + self._steps_per_block, stop))
-            numbers = steps[:, None] * self._global_batch_size + np.arange(self._global_batch_size)
-            by_worker = numbers.reshape(len(steps), self._num_workers, -1)  # axes: step, worker, row
-            tasks += [self._task(self._skip + by_worker[:, w].ravel()) for w in range(self._num_workers)]
+            samples = (
+                self._skip + steps[:, None] * self._global_batch_size + np.arange(self._global_batch_size)
+            )
+            num_rows = self._num_workers * rows_per_worker(self._global_batch_size, self._num_workers)
+            samples = np.pad(
+                samples, ((0, 0), (0, num_rows - self._global_batch_size)), constant_values=_NO_SAMPLE
+            )
+            by_worker = samples.reshape(len(steps), self._num_workers, -1)  # axes: step, worker, row
+            tasks += [self._task(by_worker[:, w].ravel()) for w in range(self._num_workers)]
         return tasks
 
     def _task(self, samples: np.ndarray) -> ReadTask:
         num_pictures = len(self._pictures)
         epochs, positions = np.divmod(samples, num_pictures)
-        picture = np.empty_like(samples)
-        for epoch in np.unique(epochs):
+        picture = np.zeros_like(samples)  # of an empty row, whose epoch is -1: any
+        for epoch in np.unique(epochs[samples != _NO_SAMPLE]):
             order = _order(self._seed, int(epoch), num_pictures)
             picture[epochs == epoch] = order[positions[epochs == epoch]]
         block = _sample_table(self._pictures, samples, epochs, picture)
@@ -222,7 +258,7 @@ def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     # With it, tasks that wait for a slow trainer keep Ray Data's scheduling loop spinning: half a core lost.
     # What it would bound, the data made ahead, is bounded by _ROUND_BLOCKS.
     context.op_resource_reservation_enabled = False
-    context.execution_options = execution_options()
+    context.execution_options = _in_order()
     return dataset
 
 
@@ -252,7 +288,8 @@ def _make_rows(rows: Rows, maker: _Maker) -> Rows:
     }
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, key in enumerate(rows["key"].tolist()):
-        rows_of[key].append(row)
+        if rows["sample"][row] != _NO_SAMPLE:
+            rows_of[key].append(row)
     lq_keys = rows["lq_key"].tolist() if "lq_key" in rows else None
     wanted = [(key, lq_keys[where[0]] if lq_keys else None) for key, where in rows_of.items()]
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:

@@ -25,10 +25,11 @@ from ctmsr.degradation import degrade
 from ctmsr.image import center_crop, decode, encode_png
 from ctmsr.rng import sample_rng
 
+from .checkpoints import fetched
 from .cluster import ray_cluster
 from .command import run
 from .config import RunConfig
-from .evaluate import evaluate, find_held_out, local_checkpoint, side_by_side, table, write_report
+from .evaluate import evaluate, find_held_out, side_by_side, table, write_report
 from .presets import PRESETS
 from .progress import progress_line
 from .register import CHAMPION, register
@@ -106,7 +107,7 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         write_report(found.config, outcome.checkpoint_uri, held_out, evaluation)
 
     announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
-    with local_checkpoint(outcome.checkpoint_uri) as folder:
+    with fetched(outcome.checkpoint_uri) as folder:
         register(
             folder,
             tracking_uri=inputs.tracking_uri,

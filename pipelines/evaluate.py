@@ -3,11 +3,8 @@
 import csv
 import io
 import json
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -18,7 +15,7 @@ from torch import Tensor
 
 from ctmsr import checkpoint
 from ctmsr.config import check, from_dict, override
-from ctmsr.errors import CheckpointError, UserError
+from ctmsr.errors import UserError
 from ctmsr.image import encode_png, to_tensor, to_u8, upsample
 from ctmsr.inference import InferenceConfig, upscale
 from ctmsr.metrics import lpips_alex, psnr_y, ssim_y
@@ -26,6 +23,7 @@ from ctmsr.network import ConsistencyModel
 from ctmsr.niqe import MIN_SIDE_PX, niqe
 from ctmsr.perceptual import Lpips, load_lpips
 
+from .checkpoints import fetched, find
 from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
 from .command import root_cause, run
@@ -33,7 +31,7 @@ from .config import DataConfig, RunConfig
 from .data import check_images, val_samples
 from .pairs import check_pairs, whole_pictures
 from .pictures import Pictures, find_pictures
-from .storage import ImageRef, download_folder, list_images, newest_checkpoint, write_bytes
+from .storage import ImageRef, list_images, write_bytes
 
 EXAMPLES = """\
   the newest checkpoint of a run, on data.test_uri:
@@ -205,7 +203,7 @@ def evaluate(
     Raises:
         UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
     """
-    with local_checkpoint(checkpoint_uri) as folder:
+    with fetched(checkpoint_uri) as folder:
         model, manifest = checkpoint.load_model(folder)
     trained = from_dict(RunConfig, override(manifest.config, overrides))
     check(
@@ -238,36 +236,6 @@ def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str,
     )
 
 
-@contextmanager
-def local_checkpoint(uri: str) -> Iterator[Path]:
-    """A copy of the checkpoint at `uri` on this machine, for the length of a `with` block.
-
-    Raises:
-        DataError: It cannot be fetched.
-        CheckpointError: What the block raises, with `uri` in place of the copy.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        download_folder(uri, Path(scratch))
-        try:
-            yield Path(scratch)
-        except CheckpointError as error:
-            raise CheckpointError(str(error).replace(scratch, uri)) from error
-
-
-def find_checkpoint(config: RunConfig) -> str:
-    """URI of the newest complete checkpoint of the run.
-
-    Raises:
-        CheckpointError: The run has none.
-    """
-    found = newest_checkpoint(config.run_uri)
-    if found is None:
-        raise CheckpointError(
-            f"there is no complete checkpoint under {config.run_uri}. Train first, or set name, storage_uri."
-        )
-    return found
-
-
 def table(evaluation: Evaluation) -> str:
     """The mean scores of ours and bicubic as lines of text."""
     means = evaluation.means
@@ -290,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
-    checkpoint_uri = arguments.checkpoint or find_checkpoint(config)
+    checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     held_out = find_held_out(config.data)
     overrides = [text for text in arguments.overrides if text.startswith("inference.")]
     with ray_cluster():

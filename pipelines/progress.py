@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import ray
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _PLAIN_INTERVAL_S = 10
 """Between two lines where the output is a file, in which a line cannot be rewritten."""
@@ -29,11 +31,12 @@ class Progress:
     data_mb_per_s: float
     """Read from storage for all workers."""
     eta_s: float
+    num_workers: int
 
     def __str__(self) -> str:
         return (
             f"{self.name}  {self.phase} step {self.step}/{self.total_steps}  loss {self.loss:.3f}  "
-            f"{self.images_per_s:.1f} images/s  data {self.data_mb_per_s:.1f} MB/s, "
+            f"{self.images_per_s:.1f} images/s on {self.num_workers}  data {self.data_mb_per_s:.1f} MB/s, "
             f"wait {self.data_wait:.0%}  ETA {duration(self.eta_s)}"
         )
 
@@ -47,7 +50,9 @@ def duration(seconds: float) -> str:
 @contextmanager
 def progress_line() -> Iterator[Queue]:
     """A queue for Progress objects, whose newest is shown while the `with` block runs; texts stay shown."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    # On the driver's node: the run would not outlive another node that held the queue.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     done = threading.Event()
     printer = threading.Thread(target=_show, args=(queue, done), daemon=True)
     printer.start()

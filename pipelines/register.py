@@ -26,9 +26,9 @@ from ctmsr.config import from_dict
 from ctmsr.errors import TrackingError
 from ctmsr.inference import InferenceConfig, upscale
 
+from .checkpoints import fetched, find
 from .cli import config_parser, print_config, resolve
 from .command import run
-from .evaluate import find_checkpoint, local_checkpoint
 from .tracking import connect, ensure_experiment, preflight, tracked_run, tracking_errors
 
 EXAMPLES = """\
@@ -225,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         return print_config(config)
     tracking_uri = preflight(config.tracking_uri)
-    checkpoint_uri = arguments.checkpoint or find_checkpoint(config)
-    with local_checkpoint(checkpoint_uri) as folder:
+    checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
+    with fetched(checkpoint_uri) as folder:
         metrics = checkpoint.read_manifest(folder).meta.get("metrics", {})  # a converted one has none
         version = register(
             folder,

@@ -4,7 +4,6 @@ Credentials and endpoints come from the standard variables: AWS_ACCESS_KEY_ID, A
 AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_APPLICATION_CREDENTIALS.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from ctmsr.errors import DataError
+from ctmsr.errors import DataError, StoreError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -175,26 +174,48 @@ def download_folder(uri: str, dest: Path) -> None:
         fs.copy_files(root, str(dest), file_system, fs.LocalFileSystem())
 
 
-def newest_checkpoint(run_uri: str) -> str | None:
-    """URI of the last complete `checkpoint_*` folder of a run; None if there is none yet.
-
-    Complete means that checkpoint.json is there, and every file it names, in full size. Ray Train uploads the
-    files of a checkpoint in no particular order, so an upload cut short is skipped here.
+def upload_folder(folder: Path, uri: str, *, last: str) -> None:
+    """Copies the files of a local folder to the new folder `uri`, and the one named `last` after all others.
 
     Raises:
-        DataError: The store refuses or does not answer.
+        StoreError: The store refuses or does not answer.
     """
-    file_system, root = open_uri(run_uri, attempts=_ATTEMPTS_TO_PROBE)
-    with _explained(run_uri):
-        sizes = {PurePosixPath(info.path): info.size for info in _list_files(file_system, root)}
-    for manifest in sorted(sizes, reverse=True):
-        folder = manifest.parent
-        if manifest.name != "checkpoint.json" or not folder.name.startswith("checkpoint_"):
-            continue
-        files = json.loads(read_bytes(file_system, str(manifest)))["files"]
-        if all(sizes.get(folder / name) == entry["bytes"] for name, entry in files.items()):
-            return f"{run_uri.rstrip('/')}/{folder.name}"
-    return None
+    file_system, root = open_uri(uri)
+    with _explained(uri):
+        file_system.create_dir(root)
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
+            fs.copy_files(str(path), f"{root}/{path.name}", fs.LocalFileSystem(), file_system)
+
+
+def delete_folder(uri: str, *, first: str | None = None) -> None:
+    """Deletes a folder with all it holds, the file named `first` before the others; one that is gone is fine.
+
+    Raises:
+        StoreError: The store refuses or does not answer.
+    """
+    file_system, root = open_uri(uri)
+    with _explained(uri):
+        try:
+            if first:
+                file_system.delete_file(f"{root}/{first}")
+        except FileNotFoundError:
+            pass  # of a folder that was never complete
+        try:
+            file_system.delete_dir(root)
+        except FileNotFoundError:
+            return
+
+
+def list_sizes(uri: str) -> dict[PurePosixPath, int]:
+    """Bytes of every file below a folder by path relative to it; none if there is no such folder.
+
+    Raises:
+        StoreError: The store refuses or does not answer.
+    """
+    file_system, root = open_uri(uri, attempts=_ATTEMPTS_TO_PROBE)
+    with _explained(uri):
+        files = _list_files(file_system, root)
+    return {PurePosixPath(info.path).relative_to(root): info.size for info in files}
 
 
 def _s3(attempts: int) -> fs.S3FileSystem:
@@ -225,7 +246,7 @@ def _list_files(file_system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
 
 @contextmanager
 def _explained(place: str) -> Iterator[None]:
-    """Turns what the file systems raise into a DataError that says what to do about `place`."""
+    """What the file systems raise as a DataError or StoreError that says what to do about `place`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -233,4 +254,4 @@ def _explained(place: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         text = " ".join(str(error).split())
         cause = next((cause for marks, cause in _CAUSES if any(mark in text for mark in marks)), "it failed")
-        raise DataError(f"cannot use {place}: {cause}. The client said: {text[:300]}") from error
+        raise StoreError(f"cannot use {place}: {cause}. The client said: {text[:300]}") from error

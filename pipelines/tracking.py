@@ -6,6 +6,7 @@ neither blocks a step nor ends the training: what could not be written is counte
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -13,10 +14,10 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,18 @@ from ctmsr.errors import TrackingError
 
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
+_RETRY_EVERY_S = 2
+_STEPS_AT_ONCE = 40
+"""A request holds at most 1000 points."""
+_FINAL_ERRORS = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "PERMISSION_DENIED",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+}
+"""After these, trying again is of no use."""
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +133,7 @@ def tracked_run(
     params: Mapping[str, Any],
     tags: Mapping[str, str],
     parent_run_id: str | None = None,
+    run_id: str | None = None,
 ) -> Iterator[str]:
     """An MLflow run for the length of a `with` block; it ends FINISHED, FAILED, or KILLED on an interrupt.
 
@@ -131,6 +145,7 @@ def tracked_run(
             config.json.
         tags: Anything to find the run by.
         parent_run_id: The search that this run is a trial of.
+        run_id: A run to go on with, whose params stay; None makes a new one.
 
     Yields:
         The run id.
@@ -143,12 +158,20 @@ def tracked_run(
     commit = git_commit()
     source = {"mlflow.source.git.commit": commit} if commit else {}
     cannot_start = f"cannot start the MLflow run {run_name!r}"
+    tags = {**source, **tags, **parent}
     with tracking_errors(cannot_start):
-        run = client.create_run(experiment_id, run_name=run_name, tags={**source, **tags, **parent})
-    run_id, status = run.info.run_id, "FAILED"
+        if run_id is None:
+            run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
+            is_new = True
+        else:
+            client.update_run(run_id, status="RUNNING")
+            is_new = False
+    status = "FAILED"
     try:
         with tracking_errors(cannot_start):
-            _log_params(client, run_id, params)
+            if is_new:
+                _log_params(client, run_id, params)
+            client.log_dict(run_id, dict(params), "config.json")
         yield run_id
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -162,6 +185,18 @@ def tracked_run(
             logger.warning(
                 "MLflow still shows run %s as running, it is %s: %s", run_id, status, _short(error)
             )
+
+
+def find_run(tracking_uri: str, experiment_id: str, tags: Mapping[str, str]) -> str | None:
+    """Id of the latest run that has all these tags; None if there is none.
+
+    Raises:
+        TrackingError: MLflow fails.
+    """
+    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    with tracking_errors("cannot look for the MLflow run to go on with"):
+        found = connect(tracking_uri).search_runs([experiment_id], condition, max_results=1)
+    return found[0].info.run_id if found else None
 
 
 def finish_children(
@@ -184,62 +219,115 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
     for start in range(0, len(flat), 100):  # the most that a server takes at once
         client.log_batch(run_id, params=flat[start : start + 100])
-    client.log_dict(run_id, dict(params), "config.json")
+
+
+@dataclass(frozen=True)
+class _Write:
+    """Something that MLflow is to take: points of one step, or a picture."""
+
+    what: str
+    points: tuple[Metric, ...] = ()
+    image: Callable[[], object] | None = None
 
 
 class MetricLogger:
     """Writes metrics and pictures of one run in a background thread: a call returns at once.
 
-    One thread keeps the order and rides out a restart of the server: MLflow itself retries a write for about
-    four minutes, during which later ones wait in memory.
+    The thread keeps the order. While the server is away, it goes on trying, for as long as the run lasts, and
+    what waits is held in memory; `unsent` is what a checkpoint should hold of it.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str) -> None:
+    def __init__(self, tracking_uri: str, run_id: str, unsent: Sequence[Mapping[str, Any]] = ()) -> None:
+        """`unsent` is what an earlier logger of the run had not written."""
         self._client = connect(tracking_uri)
         self._run_id = run_id
-        self._writes: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._pending: deque[str] = deque()  # what the queued writes are, in their order
-        self._failed: list[str] = []
+        self._waiting: deque[_Write] = deque()  # the first is being written
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._lost: list[str] = []
+        for known in unsent:
+            self._submit(_points(known["metrics"], known["step"], known["timestamp"]))
         # not an executor: the interpreter would wait for its thread, minutes if the server is dead
-        self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name="mlflow", daemon=True)
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Queues one point per metric, stamped with the present time."""
-        now_ms = int(time.time() * 1000)
-        points = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
-        self._submit(f"metrics of step {step}", partial(self._client.log_batch, self._run_id, points))
+        self._submit(_points(metrics, step, int(time.time() * 1000)))
 
     def image(self, image_u8: np.ndarray, key: str, step: int) -> None:
         """Queues a uint8 HWC picture; MLflow shows the pictures of one key with a slider over the steps."""
         write = partial(self._client.log_image, self._run_id, image_u8, key=key, step=step)
-        self._submit(f"picture {key} of step {step}", write)
+        self._submit(_Write(f"picture {key} of step {step}", image=write))
 
-    def close(self, timeout_s: float = 60) -> int:
-        """Waits until everything is written, at most `timeout_s`, and warns of what is not.
+    def unsent(self) -> list[dict[str, Any]]:
+        """Points that are not written yet, as JSON types. Pictures are not among them."""
+        with self._changed:
+            waiting = [write.points for write in self._waiting if write.points]
+        return [
+            {
+                "step": points[0].step,
+                "timestamp": points[0].timestamp,
+                "metrics": {point.key: point.value for point in points},
+            }
+            for points in waiting
+        ]
+
+    def close(self, timeout_s: float = 60) -> list[str]:
+        """Waits until everything is written, at most `timeout_s`.
 
         Returns:
-            The number of calls to `log` and `image` that were lost.
+            What was lost: each call to `log` or `image`, with the reason.
         """
-        self._writes.put(None)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
         self._thread.join(timeout_s)
-        lost = [*self._failed, *(f"{what}: not written in time" for what in list(self._pending))]
-        if lost:
-            shown = "; ".join(lost[:5]) + ("; ..." if len(lost) > 5 else "")
-            logger.warning("MLflow run %s lost %d writes. %s.", self._run_id, len(lost), shown)
-        return len(lost)
+        with self._changed:
+            return [*self._lost, *(f"{write.what}: not written in time" for write in self._waiting)]
 
-    def _submit(self, what: str, write: Callable[[], object]) -> None:
-        self._pending.append(what)
-        self._writes.put(write)
+    def _submit(self, write: _Write) -> None:
+        with self._changed:
+            self._waiting.append(write)
+            self._changed.notify_all()
 
-    def _write(self) -> None:
-        while (write := self._writes.get()) is not None:
-            try:
-                write()
-            except (MlflowException, SQLAlchemyError, OSError) as error:
-                self._failed.append(f"{self._pending[0]}: {_short(error)}")
-            self._pending.popleft()
+    def _write_all(self) -> None:
+        while writes := self._next():
+            error = self._write(writes)
+            if error is not None and error.error_code not in _FINAL_ERRORS:
+                with self._changed:
+                    self._changed.wait_for(lambda: False, _RETRY_EVERY_S)
+                continue
+            with self._changed:
+                for write in writes:
+                    self._waiting.popleft()
+                    if error is not None:
+                        self._lost.append(f"{write.what}: {_short(error)}")
+
+    def _next(self) -> list[_Write]:
+        """What to write next: one picture, or the points of many steps; nothing when all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closed)
+            points = list(itertools.takewhile(lambda write: write.points, self._waiting))
+            return points[:_STEPS_AT_ONCE] or list(itertools.islice(self._waiting, 1))
+
+    def _write(self, writes: list[_Write]) -> MlflowException | None:
+        try:
+            if writes[0].image:
+                writes[0].image()
+            else:
+                points = [point for write in writes for point in write.points]
+                self._client.log_batch(self._run_id, points)
+        except MlflowException as error:
+            return error
+        except (SQLAlchemyError, OSError) as error:
+            return MlflowException(_short(error))
+        return None
+
+
+def _points(metrics: Mapping[str, float], step: int, timestamp: int) -> _Write:
+    points = (Metric(name, float(value), timestamp, step) for name, value in metrics.items())
+    return _Write(f"metrics of step {step}", tuple(points))
 
 
 def git_commit() -> str | None:

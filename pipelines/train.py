@@ -2,43 +2,34 @@
 
 import json
 import signal
-import tempfile
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ray.train
-import ray.train.torch
-import torch
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from ctmsr import checkpoint
-from ctmsr.config import check, flatten, from_dict, to_dict
-from ctmsr.errors import ConfigError, UserError
-from ctmsr.network import ConsistencyModel
+from ctmsr.checkpoint import MANIFEST_FILE
+from ctmsr.config import check, flatten, to_dict
+from ctmsr.errors import CheckpointError, ConfigError, DataError, StoreError, UserError
 from ctmsr.perceptual import load_lpips
-from ctmsr.rng import sample_seed
-from ctmsr.train_state import TrainState, build_state, restore_state, state_tensors
-from ctmsr.train_step import Batch, check_finite, train_step
 
-from .batches import Intake, make_batch
+from .checkpoints import newest
 from .cli import config_parser, print_config, resolve
 from .cluster import check_gpus, ray_cluster
-from .command import root_cause, run
+from .command import first_cause, one_line, run
 from .config import RunConfig
-from .data import check_images, execution_options, train_stream, val_samples
-from .evaluate import local_checkpoint
-from .monitor import Monitor
+from .data import StreamConfig, StreamMaker, check_images, train_stream, val_samples
 from .pictures import Pictures, find_pictures
 from .progress import progress_line
-from .storage import newest_checkpoint, open_uri, read_bytes, write_bytes
-from .tracking import ensure_experiment, preflight, tracked_run
+from .storage import delete_folder, open_uri, read_bytes, write_bytes
+from .tracking import ensure_experiment, find_run, preflight, tracked_run
+from .worker import train_loop_per_worker
 
 EXAMPLES = """\
   a small model from a folder of photos, on this machine:
@@ -47,7 +38,15 @@ EXAMPLES = """\
     python -m pipelines.train --preset published --set storage_uri=s3://bucket/runs \\
         --set data.train_uri=s3://bucket/train --set data.val_uri=s3://bucket/val --tracking-uri http://mlflow:5000
 
-The same command again continues a run that stopped."""
+  DTM alone, from a checkpoint of another run or of pipelines.convert:
+    python -m pipelines.train --preset published --set name=dtm --set init_uri=runs/published-x4 \\
+        --set optim.ct_steps=0 --set schedule.s0=3 \\
+        --set data.train_uri=photos/train --set data.val_uri=photos/val
+
+The same command again continues a run that stopped, whatever stopped it; --fresh starts over."""
+
+_RESIZE_EVERY_S = 30
+"""How often an elastic run looks for nodes that have come."""
 
 FREE_TO_CHANGE = (
     "train.",
@@ -60,6 +59,8 @@ FREE_TO_CHANGE = (
     "data.",
 )
 """Keys that may differ when a run continues: they do not change what is computed."""
+FIXED = ("train.global_batch_size", "train.precision")
+"""Of these, the ones that do."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class Outcome:
     """In MLflow."""
 
 
-def check_inputs(config: RunConfig) -> Inputs:
+def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
     """Everything that can be wrong with a run's surroundings, found within seconds and without Ray.
 
-    Last, the resolved config is written into the run's folder, which finds a place that refuses it.
+    Last, the resolved config is written into the run's folder, which finds a place that refuses it. With
+    `fresh`, the run there may be another.
 
     Raises:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
@@ -102,25 +104,64 @@ def check_inputs(config: RunConfig) -> Inputs:
         )
     for net in ("vgg", "alex"):
         load_lpips(net)
-    _refuse_changed_run(config, pictures)
+    _check_init(config)
+    if not fresh:
+        _refuse_changed_run(config, pictures)
     tracking_uri = preflight(config.tracking_uri)
-    write_bytes(f"{config.run_uri}/config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
+    _write_config(config)
     return Inputs(pictures, val, tracking_uri)
 
 
-def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    inputs: Inputs,
+    progress: Queue,
+    parent_run_id: str | None = None,
+    *,
+    fresh: bool = False,
+) -> Outcome:
     """Runs the training to its end, or from its newest checkpoint on.
+
+    Args:
+        config: The run.
+        inputs: From `check_inputs`.
+        progress: Of `progress_line`.
+        parent_run_id: MLflow run of the search that this run is a trial of.
+        fresh: Whether to delete what an earlier run of this name left, and start over.
 
     Raises:
         UserError: The training failed; the message is the cause.
     """
+    if fresh:
+        start_over(config)
+    with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
+        if _steps_done(config) < config.optim.total_steps:
+            fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
+    last = newest(config.run_uri)
+    assert last is not None  # the last step writes one
+    return Outcome(last.uri, last.meta["metrics"], run_id)
+
+
+def start_over(config: RunConfig) -> None:
+    """Deletes the checkpoints and all else in the run's folder."""
+    delete_folder(config.run_uri)
+    _write_config(config)
+
+
+@contextmanager
+def training_run(
+    config: RunConfig, inputs: Inputs, parent_run_id: str | None = None, *, is_new: bool = False
+) -> Iterator[str]:
+    """The training's run in MLflow, for the length of a `with` block: the one that it had before, if any."""
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
+    storage = config.run_uri if "://" in config.run_uri else open_uri(config.run_uri)[1]
     tags = {
-        "storage": config.run_uri,
+        "storage": storage,
         "train_pictures": str(len(inputs.train)),
         "train_version": inputs.train.version,
         "val_version": inputs.val.version,
     }
+    known = None if is_new else find_run(inputs.tracking_uri, experiment_id, {"storage": storage})
     with tracked_run(
         inputs.tracking_uri,
         experiment_id,
@@ -128,28 +169,58 @@ def train(config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
         params=to_dict(config),
         tags=tags,
         parent_run_id=parent_run_id,
+        run_id=known,
     ) as run_id:
-        if _steps_done(config) < config.optim.total_steps:
-            fit(build_trainer(config, inputs, progress, run_id))
-    checkpoint_uri = newest_checkpoint(config.run_uri)
-    assert checkpoint_uri is not None  # the last step writes one
-    return Outcome(checkpoint_uri, _manifest(checkpoint_uri)["meta"]["metrics"], run_id)
+        yield run_id
 
 
-def fit(trainer: TorchTrainer) -> ray.train.Result:
-    """Runs a trainer to its end.
+def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue) -> None:
+    """Runs a training to its end; when workers are lost, starts them again from the newest checkpoint.
+
+    Ray Train's own retries count all failures of a run, and repeat those that will come again. Here failures
+    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once.
 
     Raises:
-        UserError: Workers failed more often than train.max_failures; the message is their error alone.
+        UserError: It failed for good; the message is the workers' error alone.
     """
-    try:
-        with _keyboard_interrupt():
-            return trainer.fit()
-    except ray.train.WorkerGroupError as error:
-        causes = {f"rank {rank}: {root_cause(failure)}" for rank, failure in error.worker_failures.items()}
-        raise UserError(f"training failed. {' '.join(sorted(causes))}") from error
-    except ray.train.ControllerError as error:
-        raise UserError(f"training failed. {root_cause(error)}") from error
+    num_failures = 0
+    while True:
+        before = _steps_done(config)
+        try:
+            with _keyboard_interrupt():
+                make_trainer().fit()
+            return
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            after = _steps_done(config)
+            num_failures = 1 if after > before else num_failures + 1
+            text = _failure(error)
+            if _is_final(error) or num_failures > config.train.max_failures:
+                raise UserError(f"training failed. {text}") from error
+        limit = f"failure {num_failures} of {config.train.max_failures}"
+        progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
+
+
+def _causes(error: BaseException) -> dict[str, BaseException]:
+    """What went wrong first, by place."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        return {f"rank {rank}": first_cause(failure) for rank, failure in error.worker_failures.items()}
+    return {"Ray Train": first_cause(getattr(error, "controller_failure", error))}
+
+
+def _failure(error: BaseException) -> str:
+    """One line: a rank that reports a mistake speaks for the others, which fail for want of it."""
+    causes = _causes(error)
+    own = {where: cause for where, cause in causes.items() if _is_mistake(cause)}
+    return " ".join(f"{where}: {one_line(cause)}" for where, cause in sorted((own or causes).items()))
+
+
+def _is_final(error: BaseException) -> bool:
+    return any(_is_mistake(cause) for cause in _causes(error).values())
+
+
+def _is_mistake(cause: BaseException) -> bool:
+    """Whether it would come again; a store may answer the next time."""
+    return isinstance(cause, (UserError, FloatingPointError)) and not isinstance(cause, StoreError)
 
 
 @contextmanager
@@ -172,19 +243,19 @@ def build_trainer(
 ) -> TorchTrainer:
     """The one trainer of the project; a Tune trial is one of these, too."""
     file_system, storage_path = open_uri(config.storage_uri)
-    resources = {"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if config.train.use_gpu else {})
+    size = config.train.global_batch_size
 
-    def train_samples() -> ray.data.Dataset:  # called whenever a group of workers starts
-        return train_stream(
+    def train_samples() -> StreamMaker:  # called whenever a group of workers starts
+        return partial(
+            train_stream,
             inputs.train,
             hr_crop_size=config.network.hr_size,
             scale=config.network.scale,
             degradation=config.degradation,
             seed=config.seed,
-            skip=_steps_done(config) * config.train.global_batch_size,
-            total=config.optim.total_steps * config.train.global_batch_size,
-            global_batch_size=config.train.global_batch_size,
-            num_workers=config.train.num_workers,
+            skip=_steps_done(config) * size,
+            total=config.optim.total_steps * size,
+            global_batch_size=size,
         )
 
     def held_out() -> ray.data.Dataset:
@@ -196,6 +267,7 @@ def build_trainer(
             degradation=config.degradation,
         )
 
+    datasets: dict[str, Any] = {"train": train_samples, "val": held_out}
     return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={
@@ -206,144 +278,86 @@ def build_trainer(
             "num_pictures": len(inputs.train),
             "train_version": inputs.train.version,
         },
-        scaling_config=ScalingConfig(
-            num_workers=config.train.num_workers, use_gpu=config.train.use_gpu, resources_per_worker=resources
-        ),
+        scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=storage_path,
             storage_filesystem=file_system,
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.num_checkpoints_kept),
+            failure_config=FailureConfig(max_failures=0),  # see `fit`
             callbacks=list(callbacks),
         ),
-        datasets={"train": train_samples, "val": held_out},
-        dataset_config=DataConfig(datasets_to_split=["train"], execution_options=execution_options()),
+        datasets=datasets,
+        dataset_config=StreamConfig(),
     )
 
 
-def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
-    """What every Ray Train worker runs."""
-    config = from_dict(RunConfig, loop["config"])
-    is_leader = ray.train.get_context().get_world_rank() == 0
-    device = ray.train.torch.get_device()
-    state = _initial_state(config)
-    lpips = load_lpips("vgg").to(device)
-    intake = Intake(config, loop["num_pictures"], loop["progress"])
-    monitor = Monitor(config, loop, intake) if is_leader else None
-    batches = _batches(config, device, intake)
-    while state.global_step < config.optim.total_steps:
-        started = time.monotonic()
-        batch = next(batches)
-        waited_s = time.monotonic() - started
-        assert batch.samples[0] // config.train.global_batch_size == state.global_step
-        losses = train_step(state, batch, config.recipe, lpips)
-        if monitor:
-            monitor.step(state, losses, waited_s)
-        done = state.global_step == config.optim.total_steps
-        if done or state.global_step % config.train.checkpoint_every_steps == 0:
-            check_finite(state)
-            _report(config, state, monitor, loop["train_version"])
-    if monitor:
-        monitor.close()
-
-
-def _initial_state(config: RunConfig) -> TrainState:
-    torch.manual_seed(sample_seed(config.seed, "weights"))
-    network = ConsistencyModel(config.network)
-    network.bf16 = config.train.precision == "bf16"
-    network.model.recompute = config.train.activation_checkpointing
-    if config.train.use_gpu:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parallel = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
-    model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
-    assert isinstance(model, ConsistencyModel)
-    state = build_state(model, config.optim, parallel)
-    # Not `ray.train.get_checkpoint`: of a checkpoint that is stored, but that Ray has not counted yet when a
-    # worker dies, the data stream would know and the workers would not.
-    if found := newest_checkpoint(config.run_uri):
-        with local_checkpoint(found) as folder:
-            ema, _ = checkpoint.load_model(folder)
-            restore_state(state, ema, checkpoint.load_train_state(folder))
-    if config.train.compile:
-        state.model.model.compile()
-    return state
-
-
-def _batches(config: RunConfig, device: torch.device, intake: Intake) -> Iterator[Batch]:
-    """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
-    shard = ray.train.get_dataset_shard("train")
-    while True:
-        num_batches = 0
-        for rows in shard.iter_batches(
-            batch_size=config.train.per_worker_batch_size, batch_format="numpy", drop_last=True
-        ):
-            num_batches += 1
-            intake.count(rows)
-            yield make_batch(rows, device)
-        assert num_batches, "the stream ended before the run"
-
-
-def _report(config: RunConfig, state: TrainState, monitor: Monitor | None, train_version: str) -> None:
-    """Rank 0 scores and saves the EMA weights; every rank reports, which makes the checkpoint count."""
-    if monitor is None:
-        ray.train.report({"step": state.global_step})
-        return
-    metrics = monitor.evaluate(state) | {"step": state.global_step}
-    meta = {"step": state.global_step, "metrics": metrics, "train_version": train_version}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "checkpoint"
-        checkpoint.save(
-            folder,
-            model=state.ema_model.state_dict(),
-            config=to_dict(config),
-            meta=meta,
-            train_state=state_tensors(state),
-        )
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+def _scaling(config: RunConfig) -> ScalingConfig:
+    train = config.train
+    arguments: dict[str, Any] = {  # mypy sees the class of before, which knows no elastic training
+        "num_workers": (train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
+        "elastic_resize_monitor_interval_s": _RESIZE_EVERY_S,
+    }
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+    return ScalingConfig(use_gpu=train.use_gpu, resources_per_worker=resources, **arguments)
 
 
 def _steps_done(config: RunConfig) -> int:
     """Optimizer steps in the newest checkpoint of the run, which it continues from."""
-    found = newest_checkpoint(config.run_uri)
-    return _manifest(found)["meta"]["step"] if found else 0
+    found = newest(config.run_uri)
+    return found.step if found else 0
 
 
 def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
-    found = newest_checkpoint(config.run_uri)
+    found = newest(config.run_uri)
     if found is None:
         return
-    manifest = _manifest(found)
-    before, now = flatten(manifest["config"]), flatten(to_dict(config))
+    before, now = flatten(found.config), flatten(to_dict(config))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    fixed = ("train.global_batch_size",)  # where the stream of samples goes on is a multiple of it
-    changed = [key for key in changed if key in fixed or not key.startswith(FREE_TO_CHANGE)]
-    listed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed[:5]]
-    version = manifest["meta"].get("train_version", pictures.version)  # a converted one has none
+    changed = [key for key in changed if key in FIXED or not key.startswith(FREE_TO_CHANGE)]
+    listed = [f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed]
+    version = found.meta.get("train_version", pictures.version)  # a converted one has none
     if version != pictures.version:
         listed.append(f"the pictures of data.train_uri: version {version} -> {pictures.version}")
     if listed:
         raise ConfigError(
-            f"run {config.name!r} has a checkpoint {found} of another config ({', '.join(listed)}). "
-            "Restore the old values to continue it, or set another name to start a new run."
+            f"run {config.name!r} has a checkpoint {found.uri} of another config ({', '.join(listed)}). "
+            "Restore the old values to continue it, set another name to start a new run, or give --fresh to "
+            "delete this one and start over."
         )
 
 
-def _manifest(checkpoint_uri: str) -> dict[str, Any]:
-    file_system, path = open_uri(f"{checkpoint_uri}/{checkpoint.MANIFEST_FILE}")
-    return json.loads(read_bytes(file_system, path))
+def _check_init(config: RunConfig) -> None:
+    if not config.init_uri:
+        return
+    file_system, path = open_uri(f"{config.init_uri}/{MANIFEST_FILE}")
+    try:
+        manifest = json.loads(read_bytes(file_system, path))
+    except (DataError, ValueError) as error:
+        raise CheckpointError(f"init_uri {config.init_uri} is no checkpoint: {error}") from error
+    before, now = manifest["config"]["network"], to_dict(config)["network"]
+    listed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    listed = [text for text in listed if not text.startswith("dropout")]
+    check(
+        not listed,
+        f"init_uri {config.init_uri} is of another network ({', '.join(listed)}). Set network.* to that.",
+    )
+
+
+def _write_config(config: RunConfig) -> None:
+    write_bytes(f"{config.run_uri}/config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = config_parser("train", __doc__ or "", EXAMPLES)
+    parser.add_argument("--fresh", action="store_true", help="delete what the run has done, and start over")
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, fresh=arguments.fresh)
     with ray_cluster(), progress_line() as progress:
-        outcome = train(config, inputs, progress)
+        outcome = train(config, inputs, progress, fresh=arguments.fresh)
     print(f"checkpoint: {outcome.checkpoint_uri}")
     print(f"next: python -m pipelines.evaluate --checkpoint {outcome.checkpoint_uri}")
     return 0

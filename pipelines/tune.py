@@ -22,7 +22,7 @@ from .config import RunConfig, TuneConfig
 from .progress import progress_line
 from .storage import open_uri, write_bytes
 from .tracking import ensure_experiment, finish_children, tracked_run
-from .train import Inputs, build_trainer, check_inputs, fit
+from .train import Inputs, build_trainer, check_inputs, fit, training_run
 
 EXAMPLES = """\
   four short trials on this machine:
@@ -73,6 +73,7 @@ def trial_config(config: RunConfig, schedule: Mapping[str, Any], name: str) -> R
         "optim.dtm_steps": space.dtm_steps,
         "train.checkpoint_every_steps": every,
         "train.num_checkpoints_kept": 1,
+        "train.num_best_kept": 0,
     }
     return from_dict(
         RunConfig, override(to_dict(config), [f"{k}={json.dumps(v)}" for k, v in changes.items()])
@@ -174,16 +175,9 @@ def _run_trial(
     schedule: Mapping[str, Any], config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
 ) -> None:
     trial = trial_config(config, schedule, f"{_TRIAL}{tune.get_context().get_trial_id()}")
-    experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
-    with tracked_run(
-        inputs.tracking_uri,
-        experiment_id,
-        trial.name,
-        params=to_dict(trial),
-        tags={},
-        parent_run_id=parent_run_id,
-    ) as run_id:
-        fit(build_trainer(trial, inputs, progress, run_id, callbacks=[TuneReportCallback()]))
+    with training_run(trial, inputs, parent_run_id) as run_id:
+        report = TuneReportCallback()
+        fit(trial, lambda: build_trainer(trial, inputs, progress, run_id, callbacks=[report]), progress)
 
 
 def _sampling(space: TuneConfig) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import logging
 import tempfile
+import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,10 @@ class S3:
         url, headers = f"{self.endpoint}/moto-api/reset-auth", {"Content-Type": "text/plain"}
         request = urllib.request.Request(url, num_requests.encode(), headers, method="POST")
         urllib.request.urlopen(request, timeout=10).close()
+
+
+Store = Callable[[Mapping[str, bytes]], str]
+"""Makes a new folder that holds files, by key, and returns its URI."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -104,6 +109,21 @@ def _ceph() -> Iterator[tuple[str, str, str]]:
 
     with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
         yield endpoint, ACCESS_KEY, SECRET_KEY
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
+    """A new folder in either kind of storage, filled with files by key."""
+
+    from pipelines.storage import write_bytes
+
+    def fill(files: Mapping[str, bytes]) -> str:
+        root = str(tmp_path / "data") if request.param == "local" else s3.make_bucket(f"b{time.time_ns()}")
+        for key, data in files.items():
+            write_bytes(f"{root}/{key}", data)
+        return root
+
+    return fill
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ray.util.queue import Queue
 from ctmsr.degradation_config import DegradationConfig
 from pipelines.batches import make_batch
 from pipelines.cluster import ray_cluster
-from pipelines.data import execution_options, train_stream
+from pipelines.data import StreamConfig, train_stream
 from pipelines.pictures import find_pictures
 
 from .store import bucket
@@ -40,7 +41,7 @@ def consume(loop: Mapping[str, Any]) -> None:
     shard, seen = ray.train.get_dataset_shard("train"), 0
     while seen < loop["total"]:
         for rows in shard.iter_batches(batch_size=BATCH, batch_format="numpy"):
-            seen += len(make_batch(rows, torch.device("cpu")).hr_u8)
+            seen += len(make_batch(rows, torch.device("cpu"), global_batch_size=BATCH, num_workers=1).hr_u8)
             if seen % (TELL_EVERY * BATCH) == 0:
                 loop["queue"].put(seen)
 
@@ -100,28 +101,25 @@ def main() -> None:
         queue = Queue(actor_options={"num_cpus": 0})
         watcher = threading.Thread(target=watch, args=(queue, arguments.images, samples), daemon=True)
         watcher.start()
-        pictures = find_pictures(uri)
+        stream = partial(
+            train_stream,
+            find_pictures(uri),
+            hr_crop_size=CROP,
+            scale=SCALE,
+            degradation=DegradationConfig(),
+            seed=0,
+            skip=0,
+            total=arguments.images,
+            global_batch_size=BATCH,
+        )
+        datasets: dict[str, Any] = {"train": lambda: stream}
         trainer = TorchTrainer(
             consume,
             train_loop_config={"total": arguments.images, "queue": queue},
             scaling_config=ray.train.ScalingConfig(num_workers=1),
             run_config=ray.train.RunConfig(name="memory", storage_path=folder),
-            datasets={
-                "train": train_stream(
-                    pictures,
-                    hr_crop_size=CROP,
-                    scale=SCALE,
-                    degradation=DegradationConfig(),
-                    seed=0,
-                    skip=0,
-                    total=arguments.images,
-                    global_batch_size=BATCH,
-                    num_workers=1,
-                )
-            },
-            dataset_config=ray.train.DataConfig(
-                datasets_to_split=["train"], execution_options=execution_options()
-            ),
+            datasets=datasets,
+            dataset_config=StreamConfig(),
         )
         trainer.fit()
         watcher.join()

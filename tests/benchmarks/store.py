@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import boto3
@@ -43,9 +44,14 @@ def bucket(num: int, side: int) -> Iterator[str]:
 
 def photo(number: int, side: int) -> bytes:
     """A JPEG file, another crop for every number."""
-    image = getattr(skimage.data, PHOTOS[number % len(PHOTOS)])()
+    image = _whole(PHOTOS[number % len(PHOTOS)])
     draw = np.random.default_rng(number)
     top, left = (int(draw.integers(max(1, length - side + 1))) for length in image.shape[:2])
     file = io.BytesIO()
     Image.fromarray(image[top : top + side, left : left + side]).save(file, "JPEG", quality=92)
     return file.getvalue()
+
+
+@cache
+def _whole(name: str) -> np.ndarray:
+    return getattr(skimage.data, name)()

@@ -89,7 +89,10 @@ def from_memory(files: dict[str, bytes], cores: list[int], num_timed: int) -> fl
         pool.map(_make, some[: 8 * len(cores)], chunksize=8)
         started = time.perf_counter()
         pool.map(_make, some, chunksize=len(some) // len(cores))
-        return num_timed / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        pool.close()
+        pool.join()
+    return num_timed / seconds
 
 
 def _pin_one(counter: "multiprocessing.sharedctypes.Synchronized[int]", cores: list[int]) -> None:

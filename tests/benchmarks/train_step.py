@@ -115,7 +115,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(arguments.threads)
     config = PRESETS[arguments.preset]()
-    size = arguments.batch or config.train.per_worker_batch_size
+    size = arguments.batch or config.train.global_batch_size // config.train.num_workers
     torch.manual_seed(0)
     model = ConsistencyModel(config.network).to(device)
     lpips = load_lpips("vgg").to(device)

@@ -140,13 +140,18 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
         ("schedule.sigma_mx=1", "unknown config key schedule.sigma_mx. Did you mean sigma_max?"),
         ("schedule.sigma_max=0", "schedule.sigma_max must be in (0, 10], got 0.0."),
         ("schedule.sigma_max=NaN", "schedule.sigma_max must be a finite number, got nan."),
-        ("train.num_workers=3", "must be a multiple of train.num_workers (3)"),
+        ("train.num_workers=5", "train.num_workers (5) must be at most train.global_batch_size (4)"),
+        ("train.min_workers=3", "train.min_workers must be from 0 to train.num_workers (2), got 3."),
+        ("train.min_workers=1", "train.cpus_per_worker must be a whole number with train.min_workers"),
+        ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, got 0."),
+        ("train.num_best_kept=-1", "train.num_best_kept must be at least 0, got -1."),
         ("optim.weight_decay=Infinity", "optim.weight_decay must be a finite number, got inf."),
         ("inference.tile=64", "inference.tile must exceed inference.overlap by at least"),
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),
         ("network=3", "network is a section, not a value."),
         ("seed", "--set takes key=value, such as schedule.rho=3, got 'seed'."),
         ("name=a/b", "name must be letters, digits"),
+        ("name=..", "name must be letters, digits"),
         ("data.eval_crop_size=66", "data.eval_crop_size (66) must be a multiple of network.scale (4)."),
         ("loss.dtm_t_max=0.2", "leave no step to compare"),
     ],
@@ -271,6 +276,7 @@ def test_a_run_does_not_continue_with_another_config(refused: Refused, good: lis
     message = refused(train, *good, "network.num_blocks=2", "optim.lr=0.5")
     assert "(network.num_blocks: 1 -> 2, optim.lr: 0.002 -> 0.5)" in message
     assert "set another name to start a new run" in message
+    check_inputs(config_of([*good, "optim.lr=0.5"]), fresh=True)
     message = refused(train, *good, "train.global_batch_size=32")
     assert "(train.global_batch_size: 4 -> 32)" in message
     check_inputs(config_of([*good, "train.num_workers=4", "train.max_failures=0"]))

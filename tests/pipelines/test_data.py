@@ -93,7 +93,8 @@ def test_a_stream_resumes_at_any_step_and_goes_on_over_iterations(
     pictures: Pictures,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "_ROUND_BLOCKS", 1)  # 40 rows: five steps an iteration
+    monkeypatch.setattr(data, "_MIN_BLOCK_ROWS", 5 * BATCH)
+    monkeypatch.setattr(data, "_ROUND_BLOCKS", 1)  # five steps an iteration
     resumed = stream(pictures, skip=5 * BATCH)
     parts = [batches(resumed) for _ in range(3)]
     assert [len(part) for part in parts] == [5, 2, 0]

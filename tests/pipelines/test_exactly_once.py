@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ctmsr.degradation import DegradationConfig
 from ctmsr.image import encode_png
-from pipelines.data import Rows, _Maker, _Schedule, _train_rows
+from pipelines.data import Rows, _Maker, _Schedule, _train_rows, rows_per_worker
 from pipelines.pictures import Pictures, find_pictures
 
 NUM_PICTURES = 7
@@ -31,18 +31,20 @@ def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: i
     total = batch * sum(num_steps for num_steps, _ in runs)
     for num_steps, num_workers in runs:
         schedule = _Schedule(pictures, seed, batch * len(steps), total, batch, num_workers)
-        lines: list[list[str]] = [[] for _ in range(num_workers)]
+        part = rows_per_worker(batch, num_workers)
+        lines: list[list[tuple[int, str]]] = [[] for _ in range(num_workers)]
         execution = 0
-        while len(lines[0]) < num_steps * batch // num_workers:
+        while len(lines[0]) < num_steps * part:
             context = SimpleNamespace(_execution_idx=execution)
             tasks = schedule.get_read_tasks(1, data_context=context)
             for number, task in enumerate(tasks):  # streaming_split hands them out in turn
                 (block,) = task.read_fn()
-                lines[number % num_workers] += block["key"].to_pylist()
+                lines[number % num_workers] += zip(
+                    block["sample"].to_pylist(), block["key"].to_pylist(), strict=True
+                )
             execution += 1
-        part = batch // num_workers
         steps += [
-            [key for line in lines for key in line[step * part : (step + 1) * part]]
+            [key for line in lines for sample, key in line[step * part : (step + 1) * part] if sample >= 0]
             for step in range(num_steps)
         ]
     return steps
@@ -52,16 +54,16 @@ def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: i
 @given(
     num_pictures=st.integers(1, 300),
     seed=st.integers(0, 2**32),
-    part=st.integers(1, 6),
-    runs=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 6])), min_size=1, max_size=4),
+    batch=st.integers(7, 72),
+    runs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 7)), min_size=1, max_size=4),
 )
 def test_every_picture_comes_once_an_epoch_whatever_is_killed(
-    num_pictures: int, seed: int, part: int, runs: list[tuple[int, int]]
+    num_pictures: int, seed: int, batch: int, runs: list[tuple[int, int]]
 ) -> None:
     pictures = Pictures("p", pa.array([f"{i}.png" for i in range(num_pictures)]), "p", "v")
-    steps = consume(pictures, seed, runs, batch=12 * part)
+    steps = consume(pictures, seed, runs, batch=batch)
     keys = [key for step in steps for key in step]
-    whole = consume(pictures, seed, [(len(steps), 1)], batch=12 * part)
+    whole = consume(pictures, seed, [(len(steps), 1)], batch=batch)
     assert [sorted(step) for step in steps] == [sorted(step) for step in whole]  # the same images a step
     keys = [key for step in whole for key in step]
     epochs = [keys[start : start + num_pictures] for start in range(0, len(keys), num_pictures)]

@@ -1,10 +1,9 @@
 """Storage: one meaning for local folders and S3, and errors that say what to mend."""
 
-import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,11 @@ from ctmsr.errors import DataError
 from pipelines.storage import (
     download_folder,
     list_images,
-    newest_checkpoint,
     open_uri,
     read_bytes,
     write_bytes,
 )
-from tests.conftest import S3
-
-Store = Callable[[Mapping[str, bytes]], str]
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
-    """A new folder in either kind of storage, filled with files by key."""
-
-    def fill(files: Mapping[str, bytes]) -> str:
-        root = str(tmp_path / "data") if request.param == "local" else s3.make_bucket(f"b{time.time_ns()}")
-        for key, data in files.items():
-            write_bytes(f"{root}/{key}", data)
-        return root
-
-    return fill
+from tests.conftest import S3, Store
 
 
 @pytest.fixture
@@ -41,10 +24,6 @@ def silent_port() -> Iterator[int]:
     """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-def checkpoint(files: Mapping[str, bytes]) -> bytes:
-    return json.dumps({"files": {name: {"bytes": len(data)} for name, data in files.items()}}).encode()
 
 
 def test_pictures_are_listed_by_key_whatever_the_store(store: Store) -> None:
@@ -94,24 +73,6 @@ def test_a_folder_is_downloaded_whole(store: Store, tmp_path: Path) -> None:
     assert found == {Path("a.bin"): b"1", Path("deep/b.bin"): b"22"}
     with pytest.raises(DataError, match="does not exist"):
         download_folder(f"{uri}/missing", tmp_path / "none")
-
-
-def test_newest_checkpoint_is_the_last_complete_one(store: Store) -> None:
-    files = {"model.safetensors": b"weights"}
-    whole = files | {"checkpoint.json": checkpoint(files)}
-    uri = store(
-        {f"run/checkpoint_1/{name}": data for name, data in whole.items()}
-        | {f"run/checkpoint_2/{name}": data for name, data in whole.items()}
-        | {"run/checkpoint_3/checkpoint.json": whole["checkpoint.json"]}  # its weights are missing
-        | {
-            "run/checkpoint_4/checkpoint.json": whole["checkpoint.json"],
-            "run/checkpoint_4/model.safetensors": b"w",
-        }
-        | {"run/checkpoint_5/model.safetensors": b"weights"}
-        | {f"run/other/{name}": data for name, data in whole.items()}
-    )
-    assert newest_checkpoint(f"{uri}/run") == f"{uri}/run/checkpoint_2"
-    assert newest_checkpoint(f"{uri}/no-such-run") is None
 
 
 @pytest.mark.parametrize("uri", ["", "http://host/x", "s3://", "file://relative/x"])

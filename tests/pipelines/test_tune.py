@@ -7,12 +7,11 @@ from mlflow.entities import Run
 
 from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
+from pipelines.checkpoints import fetched, find
 from pipelines.cli import config_parser, resolve
 from pipelines.config import RunConfig
-from pipelines.evaluate import local_checkpoint
 from pipelines.presets import PRESETS
 from pipelines.progress import progress_line
-from pipelines.storage import newest_checkpoint
 from pipelines.tracking import connect
 from pipelines.train import check_inputs
 from pipelines.tune import Search, search, table
@@ -98,9 +97,8 @@ def test_trials_are_children_of_the_search_in_mlflow(searched: Searched) -> None
 
 def test_a_trial_is_a_run_with_its_own_checkpoint(searched: Searched) -> None:
     run = searched.children[0]
-    found = newest_checkpoint(f"s3://tuning/runs/tiny-tune/{run.info.run_name}")
-    assert found is not None
-    with local_checkpoint(found) as folder:
+    found = find(f"s3://tuning/runs/tiny-tune/{run.info.run_name}")
+    with fetched(found.uri) as folder:
         manifest = checkpoint.read_manifest(folder)
     assert str(manifest.config["schedule"]["sigma_max"]) == run.data.params["schedule.sigma_max"]
     assert manifest.config["optim"]["ct_steps"] == 2

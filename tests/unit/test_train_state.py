@@ -96,7 +96,8 @@ def test_total_steps_spans_both_phases() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"ct_steps": 0}, "optim.ct_steps must be at least 1, got 0."),
+        ({"ct_steps": -1}, "optim.ct_steps must be at least 0, got -1."),
+        ({"ct_steps": 0, "dtm_steps": 0}, "optim.ct_steps and optim.dtm_steps are both 0: nothing to train."),
         ({"dtm_steps": -1}, "optim.dtm_steps must be at least 0, got -1."),
         ({"lr": 0.0}, "optim.lr must be in (0, 1], got 0.0."),
         ({"lr_halve_at": 0}, "optim.lr_halve_at must be at least 1, got 0."),

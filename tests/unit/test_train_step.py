@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -39,12 +40,31 @@ def test_the_loss_falls_on_one_repeated_batch() -> None:
 
 def test_samples_that_could_not_be_read_add_no_gradient() -> None:
     whole, half, none = (
-        compute_losses(build_state(filled_model(), OPTIM), replace(BATCH, share=share), RECIPE, distance)
+        train_step(build_state(filled_model(), OPTIM), replace(BATCH, share=share), RECIPE, distance)
         for share in (1.0, 0.5, 0.0)
     )
-    assert half["loss"] == whole["loss"] / 2
-    assert half["ct_loss"] == whole["ct_loss"]
-    assert none["loss"] == 0
+    assert half["grad_norm"] == whole["grad_norm"] / 2
+    assert half["loss"] == whole["loss"]
+    assert none["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_parts_of_a_batch_add_up_to_the_whole(phase: int) -> None:
+    found = []
+    for size in (None, 3, 1):
+        state = build_state(filled_model(), OPTIM)
+        if phase == 2:
+            state.refresh_dtm_model()
+        losses = train_step(state, BATCH, RECIPE, distance, size)
+        found.append((losses, flat([p.grad for p in state.model.parameters() if p.grad is not None])))
+    (whole, gradient), *others = found
+    for losses, other in others:
+        assert losses.keys() == whole.keys()
+        for name, value in whole.items():
+            assert losses[name].item() == pytest.approx(
+                value.item(), rel=2e-3 if name == "grad_norm" else 1e-5
+            )
+        assert np.linalg.norm(other - gradient) < 5e-3 * np.linalg.norm(gradient)
 
 
 def test_every_parameter_moves_and_the_average_follows_in_closed_form() -> None:

@@ -1,0 +1,174 @@
+"""A run's checkpoints in storage: written beside the training, complete or absent, the last and best kept.
+
+A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, as `ctmsr.checkpoint` describes it, whose
+checkpoint.json arrives last. A folder without it, or with a file of another size, does not exist for readers.
+"""
+
+import json
+import secrets
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from ctmsr import checkpoint
+from ctmsr.errors import CheckpointError, DataError, StoreError
+from ctmsr.train_state import TrainState, state_tensors
+
+from .storage import delete_folder, download_folder, list_sizes, open_uri, read_bytes, upload_folder
+
+_PREFIX = "checkpoint_"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A complete checkpoint in storage. Its files are verified where they are fetched."""
+
+    uri: str
+    config: dict[str, Any]
+    """The run's, as JSON types."""
+    meta: dict[str, Any]
+    """What the writer said of it: step, metrics and origin."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates done; 0 for a converted checkpoint."""
+        return int(self.meta.get("step", 0))
+
+
+def newest(run_uri: str) -> Stored | None:
+    """The last complete checkpoint of a run; None if there is none yet.
+
+    Raises:
+        StoreError: The store refuses or does not answer.
+    """
+    return next(_complete(run_uri), None)
+
+
+def find(run_uri: str) -> Stored:
+    """The last complete checkpoint of a run.
+
+    Raises:
+        CheckpointError: The run has none.
+        StoreError: The store refuses or does not answer.
+    """
+    found = newest(run_uri)
+    if found is None:
+        raise CheckpointError(
+            f"there is no complete checkpoint under {run_uri}. Train first, or set name, storage_uri."
+        )
+    return found
+
+
+@contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """A copy of the checkpoint at `uri` on this machine, for the length of a `with` block.
+
+    Raises:
+        DataError: It cannot be fetched.
+        CheckpointError: What the block raises, with `uri` in place of the copy.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        download_folder(uri, Path(scratch))
+        try:
+            yield Path(scratch)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(scratch, uri)) from error
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run in a background thread, one at a time."""
+
+    def __init__(self, run_uri: str, *, num_kept: int, num_best_kept: int) -> None:
+        """Of a run's checkpoints the last `num_kept` and the `num_best_kept` of lowest LPIPS stay."""
+        self._run_uri = run_uri.rstrip("/")
+        self._num_kept, self._num_best_kept = num_kept, num_best_kept
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: TrainState, config: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Copies the state to host memory and returns; one that is still being written is waited for.
+
+        Raises:
+            StoreError: The checkpoint before could not be written.
+        """
+        self.wait()
+        ema = _copied(state.ema_model.state_dict())
+        rest = _copied(state_tensors(state))
+        self._writing = self._pool.submit(self._write, ema, rest, config, meta)
+
+    def wait(self) -> None:
+        """Returns once what was saved is in storage.
+
+        Raises:
+            StoreError: It could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def _write(
+        self, ema: dict[str, Tensor], rest: dict[str, Tensor], config: dict[str, Any], meta: dict[str, Any]
+    ) -> None:
+        # A writer that was given up, on a node that was cut off, must not write into the same folder.
+        name = f"{_PREFIX}{meta['step']:09d}-{secrets.token_hex(4)}"
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, name)
+            try:
+                checkpoint.save(folder, model=ema, config=config, meta=meta, train_state=rest)
+            except OSError as error:
+                raise StoreError(
+                    f"the checkpoint of step {meta['step']} cannot be written to {scratch}: {error}. "
+                    "Free some space there, or point TMPDIR to a larger disk."
+                ) from error
+            upload_folder(folder, f"{self._run_uri}/{name}", last=checkpoint.MANIFEST_FILE)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes complete checkpoints that need not stay, and what was left of incomplete ones."""
+        stored = list(_complete(self._run_uri))
+        scored = sorted(
+            (one for one in stored if "lpips" in one.meta.get("metrics", {})),
+            key=lambda one: one.meta["metrics"]["lpips"],
+        )
+        kept = {one.uri for one in stored[: self._num_kept] + scored[: self._num_best_kept]}
+        newest_folder = stored[0].uri.rpartition("/")[2]
+        for folder in _folders(self._run_uri):
+            uri = f"{self._run_uri}/{folder}"
+            if uri not in kept and folder < newest_folder:
+                delete_folder(uri, first=checkpoint.MANIFEST_FILE)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _folders(run_uri: str) -> dict[str, dict[str, int]]:
+    """Files and their sizes, by folder of a checkpoint that is there or was begun; the newest first."""
+    folders: dict[str, dict[str, int]] = {}
+    for path, size in list_sizes(run_uri).items():
+        if len(path.parts) == 2 and path.parts[0].startswith(_PREFIX):
+            folders.setdefault(path.parts[0], {})[path.parts[1]] = size
+    return dict(sorted(folders.items(), reverse=True))
+
+
+def _complete(run_uri: str) -> Iterator[Stored]:
+    """Complete checkpoints, the newest first."""
+    file_system, root = open_uri(run_uri)
+    for folder, sizes in _folders(run_uri).items():
+        if checkpoint.MANIFEST_FILE not in sizes:
+            continue
+        try:
+            data = read_bytes(file_system, str(PurePosixPath(root, folder, checkpoint.MANIFEST_FILE)))
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                continue  # deleted since it was listed
+            raise
+        manifest = json.loads(data)
+        if all(sizes.get(name) == entry["bytes"] for name, entry in manifest["files"].items()):
+            yield Stored(f"{run_uri.rstrip('/')}/{folder}", manifest["config"], manifest["meta"])

@@ -1,0 +1,164 @@
+"""A run that stops goes on as if it had not: the same weights to the bit, whatever stopped it."""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ray.util.queue import Empty, Queue
+
+from ctmsr import checkpoint
+from ctmsr.errors import CheckpointError, ConfigError, UserError
+from pipelines.checkpoints import fetched, find
+from pipelines.config import RunConfig
+from pipelines.convert import export_pth, import_pth
+from pipelines.progress import Progress
+from pipelines.storage import list_sizes
+from pipelines.tracking import connect
+from pipelines.train import Outcome, check_inputs, start_over, train
+from tests.conftest import S3
+from tests.pipelines.test_train import files_of, kill_a_worker, run_config, run_named
+
+CT_STEPS, DTM_STEPS = 14, 14
+ALL_STEPS = CT_STEPS + DTM_STEPS
+
+
+@pytest.fixture(scope="module")
+def bucket(ray_session: None, s3: S3, photos: dict[str, bytes]) -> str:
+    return s3.make_bucket("resuming", {f"photos/{name}": data for name, data in photos.items()})
+
+
+@pytest.fixture(scope="module")
+def base(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Both phases, each step logged, a checkpoint every third."""
+    settings = [f"optim.ct_steps={CT_STEPS}", f"optim.dtm_steps={DTM_STEPS}", "optim.dtm_refresh_steps=5"]
+    settings += ["train.log_every_steps=1", "train.checkpoint_every_steps=3", "train.max_failures=3"]
+    settings += ["data.eval_draws=1"]
+    return run_config(bucket, tmp_path_factory.mktemp("resuming"), "name=whole", *settings)
+
+
+@contextmanager
+def killing(steps: list[int]) -> Iterator[Queue]:
+    """A progress queue that kills a worker when the run reaches each of `steps`."""
+    queue, done = Queue(actor_options={"num_cpus": 0}), threading.Event()
+
+    def watch() -> None:
+        for step in steps:
+            while not done.is_set():
+                try:
+                    told = queue.get(timeout=0.5)
+                except Empty:
+                    continue
+                if isinstance(told, Progress) and told.step >= step:
+                    kill_a_worker()
+                    break
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield queue
+    finally:
+        done.set()
+        watcher.join()
+        queue.shutdown(force=True)
+
+
+def losses_of(config: RunConfig) -> dict[int, set[float]]:
+    """What MLflow was told by step; a step done twice must have been told the same."""
+    run, client = run_named(config.name, config), connect(config.tracking_uri)
+    found: dict[int, set[float]] = {}
+    for point in client.get_metric_history(run.info.run_id, "loss"):
+        found.setdefault(point.step, set()).add(point.value)
+    return found
+
+
+def run_once(config: RunConfig, kills: list[int]) -> Outcome:
+    inputs = check_inputs(config)
+    with killing(kills) as progress:
+        return train(config, inputs, progress)
+
+
+@pytest.fixture(scope="module")
+def whole(base: RunConfig) -> Outcome:
+    """The run that nothing stops."""
+    return run_once(base, [])
+
+
+@pytest.mark.slow
+def test_killed_at_five_steps_of_each_phase_a_run_ends_bit_equal(base: RunConfig, whole: Outcome) -> None:
+    draw = random.Random(time.time_ns())
+    kills = sorted(draw.sample(range(1, CT_STEPS), 5)) + sorted(
+        draw.sample(range(CT_STEPS, ALL_STEPS - 1), 5)
+    )
+    config = replace(base, name="killed", train=replace(base.train, max_failures=10))
+    outcome = run_once(config, kills)
+    assert files_of(outcome.checkpoint_uri) == files_of(whole.checkpoint_uri), kills
+    assert losses_of(config) == losses_of(base), kills
+    assert all(len(values) == 1 for values in losses_of(config).values())
+
+
+def test_on_other_numbers_of_workers_a_run_goes_on_with_the_same_images(
+    base: RunConfig, whole: Outcome
+) -> None:
+    config = replace(base, name="moved", train=replace(base.train, max_failures=0))
+    with pytest.raises(UserError, match="training failed"):
+        run_once(config, [10])
+    assert 0 < find(config.run_uri).step < ALL_STEPS
+    # batches of 8 on three workers: 3, 3 and 2 images, in parts of at most two
+    moved = replace(config, train=replace(config.train, num_workers=3, micro_batch_size=2))
+    with pytest.raises(UserError, match="training failed"):
+        run_once(moved, [18])
+    outcome = run_once(replace(config, train=replace(config.train, num_workers=1)), [])
+    expected, found = losses_of(base), losses_of(config)
+    assert found.keys() == expected.keys() == set(range(1, ALL_STEPS + 1))
+    for step, values in expected.items():
+        (value,) = values
+        for other in found[step]:
+            assert other == pytest.approx(value, rel=1e-4), step
+    assert outcome.metrics == pytest.approx(whole.metrics, rel=1e-3)
+    assert run_named("moved", config).info.status == "FINISHED"
+
+
+def test_a_run_starts_over_when_told_to(base: RunConfig) -> None:
+    config = replace(base, name="again", optim=replace(base.optim, ct_steps=2, dtm_steps=0))
+    first = run_once(config, [])
+    changed = replace(config, seed=5)
+    with pytest.raises(ConfigError, match=r"\(seed: 0 -> 5\).* or give --fresh to delete this one"):
+        check_inputs(changed)
+    inputs = check_inputs(changed, fresh=True)
+    assert find(config.run_uri).uri == first.checkpoint_uri  # a check deletes nothing
+    start_over(changed)
+    assert [str(path) for path in list_sizes(config.run_uri)] == ["config.json"]
+    assert inputs.train.version == check_inputs(changed).train.version
+
+
+def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
+    base: RunConfig, whole: Outcome, tmp_path: Path
+) -> None:
+    with fetched(whole.checkpoint_uri) as folder:
+        export_pth(folder, tmp_path / "published.pth")
+        expected, _ = checkpoint.load_model(folder)
+    import_pth(tmp_path / "published.pth", tmp_path / "converted", base)
+    for number, init_uri in enumerate((whole.checkpoint_uri, str(tmp_path / "converted"))):
+        optim = replace(base.optim, ct_steps=0, dtm_steps=1, lr=1e-9)  # so that it stays where it starts
+        config = replace(base, name=f"dtm{number}", init_uri=init_uri, optim=optim)
+        outcome = run_once(config, [])
+        run = run_named(config.name, config)
+        assert run.data.metrics["dtm_loss"] > 0
+        with fetched(outcome.checkpoint_uri) as folder:
+            ema, _ = checkpoint.load_model(folder)
+        for name, value in ema.state_dict().items():
+            torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_checkpoint_that_cannot_be_started_from(base: RunConfig, whole: Outcome) -> None:
+    other = replace(base, name="x", init_uri=whole.checkpoint_uri, network=replace(base.network, num_heads=4))
+    with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 2 -> 4\)"):
+        check_inputs(other)
+    with pytest.raises(CheckpointError, match="init_uri s3://resuming/none is no checkpoint"):
+        check_inputs(replace(base, name="x", init_uri="s3://resuming/none"))

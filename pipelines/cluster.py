@@ -19,14 +19,18 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else a search ends on Ctrl-C as if it had finished
     # Ray warns at every further worker process past this number, though a search needs dozens of idle ones.
     "RAY_worker_maximum_startup_concurrency": "64",
     # Ray Train's `report` waits for its controller's next poll: 2 s apart by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # How long an elastic run waits for a lost node's place to be filled: a minute by default.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
+
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""On this machine alone nobody gives notice, and the watcher is one more process."""
 
 _LEAST_CPUS = 4
 """CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
@@ -67,9 +71,9 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "local")
+    for name, value in (_QUIET | (_ALONE if address == "local" else {})).items():
+        os.environ.setdefault(name, value)
     # Ray turns token authentication on by itself; that it warns of this is no news to the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     _check_reachable(address)

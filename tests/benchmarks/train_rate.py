@@ -1,14 +1,14 @@
 """Step rates of Ray Train, torchrun and one process alone: `python -m tests.benchmarks.train_rate`.
 
-Three forms of the same loop take turns: two processes of torchrun, two Ray Train workers, and one process of
-torchrun. The loop makes training steps of the `small` preset on pictures that are in memory. Every process
-has the preset's per-worker batch, one thread, and a core of its own; rank 0 takes the time between two
-barriers. A Ray cluster runs only while its form does, so what its servers cost is Ray Train's alone, as is
-one `report` at the end of the timed steps; the preset makes one every 120 steps.
+Forms of the same loop take turns: one and two processes of torchrun on a machine without Ray, then two of
+torchrun and two Ray Train workers while a Ray cluster runs there. The loop makes training steps of the `small`
+preset on pictures that are in memory. Every process has the preset's per-worker batch, one thread, and a core
+of its own; rank 0 takes the time between two barriers. Ray Train's form makes one `report` at the end of the
+timed steps; the preset makes one every 120 steps.
 
-Two ratios of medians over the rounds end the table. `efficiency`: images/s of two processes over twice those
-of one, which averages gradients with nobody and has the machine to itself. `ratio`: steps/s of Ray Train over
-those of torchrun.
+Three ratios of medians over the rounds end the table. `efficiency`: images/s of two processes over twice those
+of one, which averages gradients with nobody and has the machine to itself. `servers`: what the cluster's
+servers leave to torchrun of two cores. `ratio`: steps/s of Ray Train over those of torchrun, cluster and all.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def ray_worker(steps: Mapping[str, int]) -> float:
 def torchrun(num_workers: int, num_warm: int, num_timed: int) -> float:
     """Steps/s of processes that torchrun starts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}"]
-    program = ["-m", __spec__.name, "--loop", f"--warm-up={num_warm}", f"--steps={num_timed}"]
+    program = ["-m", "tests.benchmarks.train_rate", "--loop", f"--warm-up={num_warm}", f"--steps={num_timed}"]
     done = subprocess.run(
         [sys.executable, *launcher, *program],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # as Ray sets it
@@ -158,8 +158,8 @@ def torchrun(num_workers: int, num_warm: int, num_timed: int) -> float:
 
 
 def ray_train(num_workers: int, num_warm: int, num_timed: int) -> float:
-    """Steps/s of Ray Train workers on a cluster of their own, trained as `pipelines.train` does."""
-    with ray_cluster(), tempfile.TemporaryDirectory() as folder:
+    """Steps/s of Ray Train workers, started as `pipelines.train` does."""
+    with tempfile.TemporaryDirectory() as folder:
         trainer = TorchTrainer(
             ray_worker,  # type: ignore[arg-type]
             train_loop_config={"num_warm": num_warm, "num_timed": num_timed},
@@ -171,13 +171,20 @@ def ray_train(num_workers: int, num_warm: int, num_timed: int) -> float:
         return trainer.fit().return_value  # type: ignore[attr-defined]
 
 
-def measure(forms: list[Form], num_rounds: int) -> dict[str, list[float]]:
+def measure(alone: list[Form], beside_ray: list[Form], num_rounds: int) -> dict[str, list[float]]:
     """Steps/s of every form in every round; every other round goes through them backwards."""
-    rates: dict[str, list[float]] = {form.name: [] for form in forms}
-    for number in range(num_rounds):
-        for form in forms[:: -1 if number % 2 else 1]:
+    rates: dict[str, list[float]] = {form.name: [] for form in alone + beside_ray}
+
+    def take_turns(forms: list[Form]) -> None:
+        for form in forms:
             rates[form.name].append(form.run())
             print(f"  {form.name}: {rates[form.name][-1]:.3f}", flush=True)
+
+    for number in range(num_rounds):
+        order = -1 if number % 2 else 1
+        take_turns(alone[::order])
+        with ray_cluster():
+            take_turns(beside_ray[::order])
     return rates
 
 
@@ -198,22 +205,23 @@ def main() -> None:
     num_cores = len(os.sched_getaffinity(0))
     if num_cores < 2:
         parser.error("two processes with a core each need two cores, and this process may use one.")
-    two = Form("torchrun, 2 processes", 2, partial(torchrun, 2, **steps))
-    two_of_ray = Form("Ray Train, 2 workers", 2, partial(ray_train, 2, **steps))
     one = Form("torchrun, 1 process", 1, partial(torchrun, 1, **steps))
-    forms = [two, two_of_ray, one]
-    rates = measure(forms, arguments.rounds)
+    two = Form("torchrun, 2 processes", 2, partial(torchrun, 2, **steps))
+    two_beside = Form("the same, Ray running", 2, partial(torchrun, 2, **steps))
+    two_of_ray = Form("Ray Train, 2 workers", 2, partial(ray_train, 2, **steps))
+    rates = measure([one, two], [two_beside, two_of_ray], arguments.rounds)
     size = batch_size(small())
     print(f"{num_cores} cores, torch {torch.__version__}, Ray {ray.__version__}, batch {size} a process")
     print(f"{'':24}{'steps/s':>9}{'min':>8}{'max':>8}{'images/s':>10}")
     images = {}
-    for form in forms:
+    for form in (one, two, two_beside, two_of_ray):
         values = rates[form.name]
         median = statistics.median(values)
         images[form] = median * size * form.num_workers
         print(f"{form.name:24}{median:>9.3f}{min(values):>8.3f}{max(values):>8.3f}{images[form]:>10.2f}")
     print(f"efficiency {images[two] / (2 * images[one]):.2f}")
-    print(f"ratio {images[two_of_ray] / images[two]:.2f}")
+    print(f"servers {images[two_beside] / images[two]:.2f}")
+    print(f"ratio {images[two_of_ray] / images[two_beside]:.2f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
 INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
-BENCHMARKS_OF_PIPELINES = {"store", "stream", "memory", "train_rate"}
+BENCHMARKS_OF_PIPELINES = {"store", "stream", "memory", "checkpointing", "train_rate"}
 """These measure Ray itself. The others run where torch is all there is, such as a borrowed GPU machine."""
 
 

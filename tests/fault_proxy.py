@@ -4,6 +4,7 @@ import http.client
 import random
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,8 +30,20 @@ class FaultProxy(ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.counts: Counter[str] = Counter()
-        """Requests by what was done to them; "ok" is nothing."""
+        """Requests by what was done to them; "ok" is nothing. "gone" are those whose client went away."""
         self._shares, self._draw, self._lock = dict(shares), random.Random(seed), threading.Lock()
+
+    def change(self, shares: Mapping[str, float]) -> None:
+        """Other shares, from the next request on."""
+        with self._lock:
+            self._shares = dict(shares)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Counts clients that were killed in the middle of a request; what else fails is printed."""
+        if isinstance(sys.exception(), BrokenPipeError | ConnectionResetError | ConnectionAbortedError):
+            self.counts["gone"] += 1
+        else:
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     def choose(self) -> str:
         """What to do to the next request."""
@@ -67,7 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        num_bytes = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(num_bytes)
+        if len(body) < num_bytes:
+            raise ConnectionAbortedError("the client went away in the middle of its request")
         kind = self.server.choose()
         if kind == "reset":
             linger = struct.pack("ii", 1, 0)  # close sends RST

@@ -1,8 +1,9 @@
 """Host memory of a long stream: `python -m tests.benchmarks.memory`.
 
 One epoch over 100 000 small pictures, from an S3 store through Ray Data's tasks to a Ray Train worker that
-makes batches of them. What each kind of process holds (proportional set size, so shared memory counts once)
-is read from /proc all the while. The last line is memory at the end over memory at 10 000 images.
+makes batches of them. What each kind of process holds is read from /proc all the while: its own pages, and
+its part of those it shares; not libraries, which processes of others would count for, too. The last line is
+memory at the end over memory at 10 000 images.
 """
 
 import argparse
@@ -66,14 +67,11 @@ def memory_mb(root: int) -> dict[str, float]:
     for pid in processes(root):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            pss = next(
-                int(line.split()[1])
-                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                if line.startswith("Pss:")
-            )
-        except (OSError, StopIteration):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
             continue
-        held[kind(pid == root, command)] += pss / 1e3
+        own_kb = sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+        held[kind(pid == root, command)] += own_kb / 1e3
     return dict(held)
 
 

@@ -1,14 +1,14 @@
 """Step rates of Ray Train, torchrun and one process alone: `python -m tests.benchmarks.train_rate`.
 
 Forms of the same loop take turns: one and two processes of torchrun on a machine without Ray, then two of
-torchrun and two Ray Train workers while a Ray cluster runs there. The loop makes training steps of the `small`
-preset on pictures that are in memory. Every process has the preset's per-worker batch, one thread, and a core
-of its own; rank 0 takes the time between two barriers. Ray Train's form makes one `report` at the end of the
-timed steps; the preset makes one every 120 steps.
+torchrun and two Ray Train workers while a Ray cluster runs there. The loop makes training steps of the
+`small` preset on pictures that are in memory. Every process has the preset's per-worker batch, one thread,
+and a core of its own; rank 0 takes the time between two barriers. Ray Train's form makes one `report` at the
+end of the timed steps; the preset makes one every 120 steps.
 
-Three ratios of medians over the rounds end the table. `efficiency`: images/s of two processes over twice those
-of one, which averages gradients with nobody and has the machine to itself. `servers`: what the cluster's
-servers leave to torchrun of two cores. `ratio`: steps/s of Ray Train over those of torchrun, cluster and all.
+Three ratios of medians over the rounds end the table. `efficiency`: images/s of two processes over twice
+those of one, which averages gradients with nobody and has the machine to itself. `servers`: what the servers
+of a cluster leave to torchrun of two cores. `ratio`: steps/s of Ray Train over torchrun's, both beside them.
 """
 
 import argparse

@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ceph test-nodes lint clean
+.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser lint clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -19,10 +19,16 @@ test: setup ## Run the tests that need no GPU and no server
 	@$(BIN)/python -m pytest
 
 test-ceph: setup ## Run the tests that use an S3 store, slow ones too, against Ceph's RADOS Gateway
-	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not nodes"
+	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier"
 
 test-nodes: setup ## Run the tests on clusters of several nodes; as root, for the network between them
-	@$(BIN)/python -m pytest -m nodes tests/nodes
+	@$(BIN)/python -m pytest -m tier tests/nodes
+
+test-mlflow: setup ## Run the tests of tracking and registry on PostgreSQL, S3 and an MLflow server
+	@$(BIN)/python -m pytest -m tier tests/mlflow
+
+test-browser: setup ## Run the tests of the page in Chromium (apt-get install chromium chromium-driver)
+	@$(BIN)/python -m pytest -m tier tests/browser
 
 lint: $(INSTALLED) ## Check format, lint and types
 	@$(BIN)/ruff format --check .

@@ -47,7 +47,7 @@ def newest(run_uri: str) -> Stored | None:
     Raises:
         StoreError: The store refuses or does not answer.
     """
-    return next(_complete(run_uri), None)
+    return next(complete(run_uri), None)
 
 
 def find(run_uri: str) -> Stored:
@@ -131,7 +131,7 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         """Deletes complete checkpoints that need not stay, and what was left of incomplete ones."""
-        stored = list(_complete(self._run_uri))
+        stored = list(complete(self._run_uri))
         scored = sorted(
             (one for one in stored if "lpips" in one.meta.get("metrics", {})),
             key=lambda one: one.meta["metrics"]["lpips"],
@@ -157,8 +157,12 @@ def _folders(run_uri: str) -> dict[str, dict[str, int]]:
     return dict(sorted(folders.items(), reverse=True))
 
 
-def _complete(run_uri: str) -> Iterator[Stored]:
-    """Complete checkpoints, the newest first."""
+def complete(run_uri: str) -> Iterator[Stored]:
+    """Complete checkpoints of a run, the newest first.
+
+    Raises:
+        StoreError: The store refuses or does not answer.
+    """
     file_system, root = open_uri(run_uri)
     for folder, sizes in _folders(run_uri).items():
         if checkpoint.MANIFEST_FILE not in sizes:

@@ -24,7 +24,8 @@ def run(main: Callable[[list[str] | None], int]) -> None:
 def first_cause(error: BaseException) -> BaseException:
     """The error that started a chain of them: what Ray wraps says more than its wrapping."""
     while True:
-        cause = getattr(error, "cause", None)  # of Ray's wrapping, which may pass for what it wraps
+        # of Ray's wrappings, which may pass for what they wrap
+        cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
         if cause is None and not isinstance(error, UserError):  # whose message says it all
             cause = error.__cause__
         if cause is None:

@@ -118,36 +118,83 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """The search over noise schedules: its space, as ranges and choices, and its budget."""
+    """The search over noise schedules and DTM: how, on what budget, and in which space.
 
+    The space is one field for each key that a search may vary: a range, or choices; empty, the key keeps the
+    run's own value.
+    """
+
+    method: Literal["asha", "tpe", "pbt"] = "asha"
+    """asha stops the worse half early; tpe aims by what it has seen; pbt copies the best while they train."""
     num_trials: int = 12
-    """Schedules to try; the first is always the run's own, so that a search shows what it gained."""
+    """Trials, or pbt's population; the first is always the run's own schedule, to its end."""
     max_concurrent: int = 2
     """Trials at a time; each takes train.num_workers workers."""
     ct_steps: int = 5_000
     """CT updates of a trial."""
     dtm_steps: int = 200
     """DTM updates of a trial."""
-    sigma_max: tuple[float, float] = (0.4, 1.6)
+    max_psnr_loss_db: float = 0.5
+    """PSNR-Y that may be lost to the first trial at the same step; each dB more costs a trial 1 LPIPS."""
+    sigma_max: tuple[float, ...] = (0.4, 1.6)
     """Range of schedule.sigma_max."""
-    noise_rho: tuple[float, float] = (0.5, 3.0)
+    noise_rho: tuple[float, ...] = (0.5, 3.0)
     """Range of schedule.noise_rho."""
-    res_rho: tuple[float, float] = (0.5, 3.0)
+    res_rho: tuple[float, ...] = (0.5, 3.0)
     """Range of schedule.res_rho."""
     s0: tuple[int, ...] = (3, 4, 5, 6)
     """Choices of schedule.s0."""
     s1: tuple[int, ...] = (3, 4)
     """Choices of schedule.s1."""
+    dtm_weight: tuple[float, ...] = (0.8, 3.2)
+    """Range of loss.dtm_weight."""
+    dtm_t_min: tuple[float, ...] = (0.0, 0.3)
+    """Range of loss.dtm_t_min."""
+    dtm_t_max: tuple[float, ...] = (0.5, 1.0)
+    """Range of loss.dtm_t_max."""
 
     def __post_init__(self) -> None:
         for name in ("num_trials", "max_concurrent", "ct_steps"):
             check(getattr(self, name) >= 1, f"tune.{name} must be at least 1, got {getattr(self, name)}.")
-        check(self.dtm_steps >= 0, f"tune.dtm_steps must be at least 0, got {self.dtm_steps}.")
-        for name in ("sigma_max", "noise_rho", "res_rho"):
-            low, high = getattr(self, name)
-            check(low < high, f"tune.{name} must be a rising range (low, high), got ({low}, {high}).")
-        for name in ("s0", "s1"):
-            check(bool(getattr(self, name)), f"tune.{name} must hold at least one choice.")
+        for name in ("dtm_steps", "max_psnr_loss_db"):
+            check(getattr(self, name) >= 0, f"tune.{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("sigma_max", "noise_rho", "res_rho", "dtm_weight", "dtm_t_min", "dtm_t_max"):
+            values = getattr(self, name)
+            check(
+                not values or (len(values) == 2 and values[0] < values[1]),
+                f"tune.{name} must be a rising range [low, high], or [] for the run's own value, "
+                f"got {list(values)}.",
+            )
+        idle = [name for name in ("dtm_weight", "dtm_t_min", "dtm_t_max") if getattr(self, name)]
+        check(
+            bool(self.dtm_steps) or not idle,
+            f"tune.dtm_steps=0 gives {', '.join(f'tune.{name}' for name in idle)} no effect. "
+            "Set them to [], or raise tune.dtm_steps.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterConfig:
+    """When a new version takes the champion's place: both are scored on data.val_uri."""
+
+    metric: Literal["lpips", "psnr_y", "ssim_y"] = "lpips"
+    """What must get better, as a mean over the pictures; of lpips, less is better."""
+    margin: float = 0.002
+    """Least gain in register.metric; more keeps chance from promoting. At 0 any gain will do."""
+    guard: Literal["lpips", "psnr_y", "ssim_y"] = "psnr_y"
+    """What must not get much worse."""
+    guard_margin: float = 0.2
+    """Largest loss in register.guard, in its unit: dB of psnr_y."""
+    licence: str = "Apache-2.0"
+    """Licence of the released weights, for the model card; their Python code is under Apache-2.0."""
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "guard_margin"):
+            check(getattr(self, name) >= 0, f"register.{name} must be at least 0, got {getattr(self, name)}.")
+        check(
+            self.guard != self.metric,
+            f"register.guard must be another score than register.metric, got {self.guard!r} for both.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +224,7 @@ class RunConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
+    register: RegisterConfig = field(default_factory=RegisterConfig)
 
     def __post_init__(self) -> None:
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")

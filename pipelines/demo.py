@@ -30,12 +30,14 @@ from .cluster import ray_cluster
 from .command import run
 from .config import RunConfig
 from .evaluate import evaluate, find_held_out, side_by_side, table, write_report
+from .exam import find_exam
+from .gate import CHAMPION
 from .presets import PRESETS
 from .progress import progress_line
-from .register import CHAMPION, register
+from .register import register
+from .search_space import check_space
 from .train import check_inputs, train
-from .tune import check_space, search
-from .tune import table as trial_table
+from .tune import search
 
 BUCKET = "ctmsr-demo"
 PHOTOS = {  # motorcycle_left and _right show one scene, so they stay together
@@ -96,7 +98,7 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         announce("tune", f"{config.tune.num_trials} noise schedules, {config.tune.ct_steps} steps each")
         with progress_line() as progress:
             found = search(config, inputs, progress)
-        print(trial_table(found.trials))
+        print(found.report)
 
         announce("train", f"the best schedule, {config.train.num_workers} workers: CT, then DTM")
         with progress_line() as progress:
@@ -106,16 +108,18 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
         evaluation = evaluate(found.config, outcome.checkpoint_uri, held_out)
         write_report(found.config, outcome.checkpoint_uri, held_out, evaluation)
 
-    announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
-    with fetched(outcome.checkpoint_uri) as folder:
-        register(
-            folder,
-            tracking_uri=inputs.tracking_uri,
-            model_name=config.model_name,
-            run_id=outcome.run_id,
-            metrics=evaluation.means,
-            tags={"data.test_uri": config.data.test_uri},
-        )
+        announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
+        with fetched(outcome.checkpoint_uri) as folder:
+            register(
+                folder,
+                tracking_uri=inputs.tracking_uri,
+                model_name=config.model_name,
+                run_id=outcome.run_id,
+                metrics=evaluation.means,
+                tags={"data.test_uri": config.data.test_uri},
+                rule=config.register,
+                exam=find_exam(config),
+            )
 
     announce("upscale", "a new process pulls the champion from MLflow")
     picture = upscale_in_new_process(config, output)

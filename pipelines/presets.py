@@ -65,6 +65,9 @@ def small() -> RunConfig:
             res_rho=(0.2, 1.0),
             s0=(1, 2),
             s1=(2,),
+            dtm_weight=(),
+            dtm_t_min=(),
+            dtm_t_max=(),
         ),
     )
 

@@ -1,47 +1,87 @@
 """A checkpoint as a version of a registered MLflow model: `python -m pipelines.register --help`.
 
-The alias `champion` moves to the version once it has been loaded back and has proven equal to its checkpoint.
+The version is loaded back from MLflow and must give the bytes of its checkpoint. Then it and the champion are
+scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or `challenger`.
 """
 
 import importlib.metadata
-import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import mlflow
 import numpy as np
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import PyFuncModel
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 from ctmsr import checkpoint
-from ctmsr.config import from_dict
+from ctmsr.checkpoint import Manifest
+from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import TrackingError
+from ctmsr.image import encode_png
 from ctmsr.inference import InferenceConfig, upscale
 
 from .checkpoints import fetched, find
 from .cli import config_parser, print_config, resolve
+from .cluster import ray_cluster
 from .command import run
+from .config import RegisterConfig, RunConfig
+from .evaluate import Evaluation
+from .exam import find_exam
+from .gate import CHALLENGER, CHAMPION, RISES, Decision, Measured, decision_of, record, rollback, settle
+from .model_card import SAMPLE_FILE, lineage, model_card, with_sample
+from .registry import load_from
+from .registry import load_model as load_model
 from .tracking import connect, ensure_experiment, preflight, tracked_run, tracking_errors
 
 EXAMPLES = """\
-  the newest checkpoint of a run:
+  the newest checkpoint of a run, compared with the champion on the run's data.val_uri:
     python -m pipelines.register --set name=first
-  any checkpoint, in a team's registry:
-    python -m pipelines.register --checkpoint s3://bucket/runs/first/checkpoint_... --tracking-uri http://mlflow:5000"""
+  any checkpoint, in a team's registry, compared on the team's pictures and degradation:
+    python -m pipelines.register --checkpoint s3://bucket/runs/first/checkpoint_... --config gate.json \\
+        --tracking-uri http://mlflow:5000
+  the champion of before is champion again:
+    python -m pipelines.register --rollback --tracking-uri http://mlflow:5000
 
-CHAMPION = "champion"
+Without --config, the settings are those that the checkpoint was trained with, under --set."""
+
 MODEL_CODE = Path(__file__).with_name("registered_model.py")
 PACKAGE = Path(checkpoint.__file__).parent
-REQUIREMENTS = ("mlflow", "numpy", "pillow", "safetensors", "torch")
+LICENCE = Path(__file__).parents[1] / "LICENSE"
+REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "torch")
+"""Of the model alone: mlflow.pyfunc needs pandas, the server and the databases of mlflow it does not."""
 EXAMPLE_SHAPE = (1, 20, 28, 3)  # not square and no multiple of a window: it takes the padding too
+
+
+class Exam(Protocol):
+    """Scores models on the same pictures: `pipelines.exam.Exam`, or another."""
+
+    @property
+    def set_version(self) -> str: ...
+    @property
+    def protocol(self) -> str: ...
+    def take(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]: ...
+
+
+@dataclass(frozen=True)
+class _Release:
+    """A checkpoint on its way into the registry."""
+
+    folder: Path
+    """Its copy without the training state."""
+    manifest: Manifest
+    num_parameters: int
+    example: np.ndarray
+    expected: np.ndarray
+    """What the checkpoint makes of the example."""
 
 
 def register(
@@ -52,11 +92,13 @@ def register(
     run_id: str | None,
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
-) -> str:
-    """Registers a checkpoint's EMA weights, proves the registered version, and makes it the champion.
+    rule: RegisterConfig | None = None,
+    exam: Exam | None = None,
+) -> Decision:
+    """Registers a checkpoint's EMA weights as a proven version, and lets the gate decide what becomes of it.
 
-    The version is loaded back from the registry and must give the same bytes as the checkpoint. If anything
-    fails before that, the alias stays where it was.
+    What is uploaded is loaded back and must give the same bytes as the checkpoint; only then there is a
+    version. If anything fails before, or the process is killed, the registry is as it was.
 
     Args:
         checkpoint_folder: A local checkpoint; its training state stays behind.
@@ -65,114 +107,71 @@ def register(
         run_id: The MLflow run that trained it; None makes one, in an experiment named after the model.
         metrics: What the checkpoint achieved; they become tags `metric.<name>` of the version.
         tags: Further tags of the version.
-
-    Returns:
-        The new version.
+        rule: What it takes to become champion; None: the default.
+        exam: Scores it and the champion. None measures nothing: then it can only be the first champion.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        TrackingError: MLflow fails, or the registered version does not behave as the checkpoint does.
+        TrackingError: MLflow fails, or the uploaded model does not behave as the checkpoint does.
+        UserError: The exam fails.
     """
-    if run_id is None:
-        experiment_id = ensure_experiment(tracking_uri, model_name)
-        with tracked_run(tracking_uri, experiment_id, "register", params={}, tags=tags) as new_run_id:
-            return register(
-                checkpoint_folder,
-                tracking_uri=tracking_uri,
-                model_name=model_name,
-                run_id=new_run_id,
+    client, rule = connect(tracking_uri), rule or RegisterConfig()
+    cannot = f"cannot register {model_name}"
+    with tempfile.TemporaryDirectory() as folder, _run_of(tracking_uri, model_name, run_id, tags) as run_id:
+        scratch = Path(folder)
+        release = _release(checkpoint_folder, scratch / "checkpoint")
+        with tracking_errors(cannot):
+            logged = _upload(client, model_name, run_id, release, scratch)
+        _prove(tracking_uri, logged.artifact_location, release, checkpoint_folder)
+        with tracking_errors(cannot):
+            _ensure_model(client, model_name)
+            measured, evaluation = _examine(client, tracking_uri, model_name, logged, exam)
+            card = model_card(
+                model_name,
+                release.manifest,
+                num_parameters=release.num_parameters,
+                measured=measured,
+                bicubic={m: evaluation.means[f"bicubic_{m}"] for m in RISES} if evaluation else {},
                 metrics=metrics,
-                tags=tags,
+                origin=dict(tags),
+                requirements=_requirements(),
+                licence=rule.licence,
             )
-    client = connect(tracking_uri)
-    example = np.random.default_rng(0).integers(0, 256, EXAMPLE_SHAPE, np.uint8)
-    with tempfile.TemporaryDirectory() as scratch, tracking_errors(f"cannot register {model_name}"):
-        expected = _release(checkpoint_folder, Path(scratch, "checkpoint"), example)
-        logged = _log_model(client, model_name, run_id, Path(scratch), example)
-        version = _create_version(client, model_name, logged, run_id, metrics, tags)
-    model = load_model(tracking_uri, f"models:/{model_name}/{version}")
-    if not np.array_equal(model.predict(example, params={"seed": 0}), expected):
-        raise TrackingError(
-            f"{model_name} version {version} does not give the same picture as its checkpoint "
-            f"{checkpoint_folder}. The champion stays as it was; delete the version and register again."
-        )
-    with tracking_errors(f"cannot promote {model_name} version {version}"):
-        client.set_model_version_tag(model_name, version, "proven", "true")
-        client.set_registered_model_alias(model_name, CHAMPION, version)
-    return version
-
-
-def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
-    """A registered model: `predict(uint8 NHWC, params={"seed": 0})` gives uint8 NHWC.
-
-    Loading runs the Python code that was registered with the model.
-
-    Args:
-        tracking_uri: From `tracking.preflight`.
-        model_uri: `models:/name@alias` or `models:/name/version`.
-
-    Raises:
-        TrackingError: MLflow fails, or has no such model, alias or version; those it has are listed.
-    """
-    client = connect(tracking_uri)
-    with tempfile.TemporaryDirectory() as scratch:
-        with tracking_errors(f"cannot fetch {model_uri} from {tracking_uri}"):
-            version = _find(client, model_uri)
-            source = client.get_model_version_download_uri(version.name, version.version)
-            folder = mlflow.artifacts.download_artifacts(
-                source, dst_path=scratch, tracking_uri=tracking_uri, registry_uri=tracking_uri
+            _upload_card(client, logged.model_id, card, evaluation, scratch)
+            client.finalize_logged_model(logged.model_id, "READY")
+            origin = {f"lineage.{name}": text for name, text in lineage(release.manifest).items()}
+            achieved = {f"metric.{name}": repr(float(value)) for name, value in metrics.items()}
+            labels = {**origin, **achieved, **tags, "licence": rule.licence, "proven": "true"}
+            version = _create_version(
+                client, model_name, logged, run_id, card, labels | record(rule, measured)
             )
-        try:
-            model: PyFuncModel = mlflow.pyfunc.load_model(folder, suppress_warnings=True)
-        except Exception as error:  # the model's own code runs here: it can raise anything
-            raise TrackingError(
-                f"{model_uri} was fetched from {tracking_uri} but does not load "
-                f"({type(error).__name__}: {error}). Install its requirements.txt, or register it again."
-            ) from error
-    return model
+            return decision_of(client, model_name, version)
 
 
-def _find(client: MlflowClient, model_uri: str) -> ModelVersion:
-    named = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
-    if not named:
-        raise TrackingError(
-            f"a model is named models:/name@alias or models:/name/version, got {model_uri!r}."
-        )
-    name, alias, version = named.groups()
-    try:
-        if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, version)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        models = {model.name: model for model in client.search_registered_models()}
-        if name not in models:
-            known = f"models: {', '.join(models) or 'none; register one first'}"
-        else:
-            versions = sorted(int(v.version) for v in client.search_model_versions(f"name='{name}'"))
-            known = (
-                f"aliases of {name}: {', '.join(models[name].aliases) or 'none'}; "
-                f"versions: {', '.join(map(str, versions)) or 'none'}"
-            )
-        where = client.tracking_uri
-        raise TrackingError(f"{model_uri} is not in the registry at {where}. There are {known}.") from error
+def _run_of(
+    tracking_uri: str, model_name: str, run_id: str | None, tags: Mapping[str, str]
+) -> AbstractContextManager[str]:
+    if run_id is not None:
+        return nullcontext(run_id)
+    experiment_id = ensure_experiment(tracking_uri, model_name)
+    return tracked_run(tracking_uri, experiment_id, "register", params={}, tags=tags)
 
 
-def _release(source: Path, target: Path, example: np.ndarray) -> np.ndarray:
-    """Copies a checkpoint without its training state; returns what it makes of the example."""
+def _release(source: Path, target: Path) -> _Release:
+    """Copies a checkpoint without its training state, and sees what it makes of the example."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, manifest = checkpoint.load_model(source, device)
     checkpoint.save(target, model=model.state_dict(), config=manifest.config, meta=manifest.meta)
     sigma_max = manifest.config["schedule"]["sigma_max"]
     inference = from_dict(InferenceConfig, manifest.config.get("inference", {}))
-    return np.stack([upscale(model, lq_u8, sigma_max=sigma_max, config=inference) for lq_u8 in example])
+    example = np.random.default_rng(0).integers(0, 256, EXAMPLE_SHAPE, np.uint8)
+    expected = [upscale(model, lq_u8, sigma_max=sigma_max, config=inference) for lq_u8 in example]
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return _Release(target, manifest, num_parameters, example, np.stack(expected))
 
 
-def _log_model(
-    client: MlflowClient, name: str, run_id: str, scratch: Path, example: np.ndarray
-) -> LoggedModel:
-    """Builds the MLflow model around `scratch/checkpoint` and uploads it."""
+def _upload(client: MlflowClient, name: str, run_id: str, release: _Release, scratch: Path) -> LoggedModel:
+    """Builds the MLflow model around a checkpoint and uploads it."""
     package = shutil.copytree(PACKAGE, scratch / "ctmsr", ignore=shutil.ignore_patterns("__pycache__"))
     pictures = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
     seed = ParamSchema([ParamSpec("seed", DataType.long, 0)])
@@ -181,63 +180,141 @@ def _log_model(
     mlflow.pyfunc.save_model(
         scratch / "model",
         python_model=MODEL_CODE,
-        artifacts={"checkpoint": str(scratch / "checkpoint"), "ctmsr": str(package)},
-        # a local version such as 2.0+cpu is in no package index
-        pip_requirements=[f"{p}=={importlib.metadata.version(p).partition('+')[0]}" for p in REQUIREMENTS],
-        signature=ModelSignature(inputs=pictures, outputs=pictures, params=seed),
-        input_example=(example, {"seed": 0}),
+        artifacts={"checkpoint": str(release.folder), "ctmsr": str(package)},
+        pip_requirements=_requirements(),
+        signature=ModelSignature(outputs=pictures, params=seed),  # no inputs: see registered_model.py
+        input_example=(release.example, {"seed": 0}),
         mlflow_model=Model(run_id=run_id, model_id=logged.model_id, model_uuid=logged.model_id),
     )
+    shutil.copy(LICENCE, scratch / "model")
     client.log_model_artifacts(logged.model_id, str(scratch / "model"))
-    return client.finalize_logged_model(logged.model_id, "READY")
+    return logged
 
 
-def _create_version(
-    client: MlflowClient,
-    name: str,
-    logged: LoggedModel,
-    run_id: str,
-    metrics: Mapping[str, float],
-    tags: Mapping[str, str],
-) -> str:
+def _requirements() -> list[str]:
+    # a local version such as 2.0+cpu is in no package index
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]
+
+
+def _prove(tracking_uri: str, source: str, release: _Release, checkpoint_folder: Path) -> None:
+    model = load_from(tracking_uri, source, f"the model of {checkpoint_folder}")
+    if not np.array_equal(model.predict(release.example, params={"seed": 0}), release.expected):
+        raise TrackingError(
+            f"what was uploaded does not give the same picture as its checkpoint {checkpoint_folder}, so it "
+            "became no version, and the champion stays as it was. Register it again."
+        )
+
+
+def _examine(
+    client: MlflowClient, tracking_uri: str, name: str, logged: LoggedModel, exam: Exam | None
+) -> tuple[Measured | None, Evaluation | None]:
+    """Scores a model, and the champion if there is one."""
+    champion = settle(client, name).get(CHAMPION)
+    if exam is None:
+        return None, None
+    sources = [logged.artifact_location]
+    if champion is not None:
+        sources.append(client.get_model_version_download_uri(name, str(champion)))
+    own, *others = exam.take(tracking_uri, sources)
+    scores, *champion_scores = ({m: one.means[m] for m in RISES} for one in (own, *others))
+    measured = Measured(
+        exam.set_version, exam.protocol, scores, champion, champion_scores[0] if champion_scores else {}
+    )
+    return measured, own
+
+
+def _upload_card(
+    client: MlflowClient, model_id: str, card: str, evaluation: Evaluation | None, scratch: Path
+) -> None:
+    """Puts README.md, and the sample picture if there is one, beside the model's files."""
+    if evaluation:
+        card = with_sample(card)
+        sample = scratch / SAMPLE_FILE
+        sample.write_bytes(encode_png(evaluation.grid_u8))
+        client.log_model_artifact(model_id, str(sample))
+    readme = scratch / "README.md"
+    readme.write_text(card, encoding="utf-8")
+    client.log_model_artifact(model_id, str(readme))
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    measured = {f"metric.{key}": repr(float(value)) for key, value in metrics.items()}
-    version = client.create_model_version(
-        name,
-        source=logged.artifact_location,  # models:/<id> would be looked up at MLflow's global address
-        run_id=run_id,
-        tags={**tags, **measured},
-        model_id=logged.model_id,
+
+
+def _create_version(
+    client: MlflowClient, name: str, logged: LoggedModel, run_id: str, card: str, tags: dict[str, str]
+) -> str:
+    """Makes the version with all its tags, in one transaction."""
+    source = logged.artifact_location  # models:/<id> would be looked up at MLflow's global address
+    made = client.create_model_version(
+        name, source=source, run_id=run_id, tags=tags, description=card, model_id=logged.model_id
     )
-    return str(version.version)
+    # A request that is sent again after a lost answer makes a twin, which the gate refuses: it gains nothing.
+    twins = [v.version for v in client.search_model_versions(f"name='{name}'") if v.source == source]
+    return str(min(map(int, [made.version, *twins])))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = config_parser("register", __doc__ or "", EXAMPLES)
     parser.add_argument("--checkpoint", metavar="URI", help="default: the newest of the run")
+    parser.add_argument(
+        "--rollback", action="store_true", help="register nothing: the previous champion is champion again"
+    )
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
-    tracking_uri = preflight(config.tracking_uri)
+    if arguments.rollback:
+        return _roll_back(config)
+    if arguments.tracking_uri:
+        preflight(config.tracking_uri)  # before a checkpoint is looked for and fetched
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     with fetched(checkpoint_uri) as folder:
-        metrics = checkpoint.read_manifest(folder).meta.get("metrics", {})  # a converted one has none
-        version = register(
-            folder,
-            tracking_uri=tracking_uri,
-            model_name=config.model_name,
-            run_id=None,
-            metrics={f"val_{name}": value for name, value in metrics.items()},
-            tags={"checkpoint": checkpoint_uri},
-        )
-    print(f"models:/{config.model_name}@{CHAMPION} is version {version}, from {checkpoint_uri}")
+        manifest = checkpoint.read_manifest(folder)
+        if not arguments.config:
+            config = _as_trained(manifest, arguments.overrides, arguments.tracking_uri)
+        tracking_uri = preflight(config.tracking_uri)
+        exam = find_exam(config)
+        metrics = manifest.meta.get("metrics", {})  # a converted one has none
+        with ray_cluster():
+            decision = register(
+                folder,
+                tracking_uri=tracking_uri,
+                model_name=config.model_name,
+                run_id=None,
+                metrics={f"val_{name}": value for name, value in metrics.items()},
+                tags={"checkpoint": checkpoint_uri},
+                rule=config.register,
+                exam=exam,
+            )
+    _tell(config, decision, checkpoint_uri)
+    return 0
+
+
+def _as_trained(manifest: Manifest, overrides: list[str], tracking_uri: str | None) -> RunConfig:
+    """The config that a checkpoint was trained with, under what the command line sets."""
+    overrides = [*overrides, *([f"tracking_uri={tracking_uri}"] if tracking_uri else [])]
+    return from_dict(RunConfig, override(to_dict(from_dict(RunConfig, manifest.config)), overrides))
+
+
+def _tell(config: RunConfig, decision: Decision, checkpoint_uri: str) -> None:
+    alias = CHAMPION if decision.is_promoted else CHALLENGER
+    print(f"models:/{config.model_name}@{alias} is version {decision.version}, from {checkpoint_uri}")
+    print(f"{'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}.")
+    if decision.champion != decision.version:
+        print(f"models:/{config.model_name}@{CHAMPION} is version {decision.champion}")
     print(f"next: python -m pipelines.upscale PHOTO --output upscaled --tracking-uri {config.tracking_uri}")
+
+
+def _roll_back(config: RunConfig) -> int:
+    rolled_back, champion = rollback(preflight(config.tracking_uri), config.model_name)
+    versions = ", ".join(map(str, rolled_back))
+    print(f"models:/{config.model_name}@{CHAMPION} is version {champion}; rolled back: version {versions}")
     return 0
 
 

@@ -11,6 +11,7 @@ Loading a registered model runs its publisher's Python: load only from a registr
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,18 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
+ACCEPTED = (
+    "a picture is a uint8 RGB array of shape (height, width, 3), the path of a picture file, or the bytes of "
+    "one; several are a list of pictures, or one array of shape (number, height, width, 3)"
+)
+
 
 class UpscaleModel(PythonModel):
-    """uint8 (N, h, w, 3) RGB to uint8 (N, scale·h, scale·w, 3), on a GPU if there is one."""
+    """Pictures to pictures `scale` times as large, on a GPU if there is one.
+
+    The signature names no inputs: MLflow would enforce them before `predict`, and its schemas can say
+    "an array of this shape", not "or a path, or bytes". `_pictures` is as strict, and its errors are clearer.
+    """
 
     def load_context(self, context: Any) -> None:
         """Imports the shipped package and loads the verified weights."""
@@ -31,6 +41,8 @@ class UpscaleModel(PythonModel):
         from_dict = importlib.import_module(f"{package}.config").from_dict
         inference = importlib.import_module(f"{package}.inference")
         self._upscale = inference.upscale
+        self._decode = importlib.import_module(f"{package}.image").decode
+        self._user_error = importlib.import_module(f"{package}.errors").UserError
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model, manifest = checkpoint.load_model(Path(context.artifacts["checkpoint"]), device)
         self._sigma_max = manifest.config["schedule"]["sigma_max"]
@@ -38,11 +50,70 @@ class UpscaleModel(PythonModel):
 
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
-        """Upscales each picture by itself, with the same noise: what else is in the batch changes nothing."""
+    ) -> np.ndarray | list[np.ndarray]:
+        """Upscales each picture by itself, with the same noise: what else is in the batch changes nothing.
+
+        The hint of `model_input` is too narrow on purpose: of others MLflow makes a schema, or it warns.
+
+        Args:
+            context: MLflow's; not used.
+            model_input: A picture or several, see `ACCEPTED`. Alpha, orientation and 16 bits of picture files
+                are taken care of. Of arrays int64 will do where every value is from 0 to 255: that is what
+                JSON becomes.
+            params: "seed", which picks the invented detail; by default 0.
+
+        Returns:
+            uint8 RGB arrays: (height, width, 3) for one picture, (number, height, width, 3) for an array of
+            several, a list of arrays for a list.
+
+        Raises:
+            ValueError: The input is something else, or a file is not a readable picture.
+            OSError: A file cannot be read.
+        """
         seed = int((params or {}).get("seed", 0))
         settings = {"sigma_max": self._sigma_max, "config": self._inference, "seed": seed}
-        return np.stack([self._upscale(self._model, lq_u8, **settings) for lq_u8 in model_input])
+        results: list[np.ndarray] = [
+            self._upscale(self._model, lq_u8, **settings) for lq_u8 in self._pictures(model_input)
+        ]
+        if isinstance(model_input, list):
+            return results
+        return np.stack(results) if getattr(model_input, "ndim", 3) == 4 else results[0]
+
+    def _pictures(self, model_input: Any) -> list[np.ndarray]:
+        if isinstance(model_input, np.ndarray) and model_input.ndim == 4:
+            pictures = list(_checked(model_input))
+        elif isinstance(model_input, list):
+            pictures = [self._picture(one) for one in model_input]
+        else:
+            pictures = [self._picture(model_input)]
+        if not pictures:
+            raise ValueError(f"there is no picture in the input: {ACCEPTED}.")
+        return pictures
+
+    def _picture(self, one: Any) -> np.ndarray:
+        if isinstance(one, np.ndarray) and one.ndim == 3:
+            return _checked(one)
+        if isinstance(one, (str, os.PathLike)):
+            name, data = os.fspath(one), Path(one).read_bytes()
+        elif isinstance(one, (bytes, bytearray, memoryview)):
+            name, data = f"a picture of {len(one)} bytes", bytes(one)
+        else:
+            kind = f"{one.dtype} of shape {one.shape}" if isinstance(one, np.ndarray) else type(one).__name__
+            raise ValueError(f"{ACCEPTED}; got {kind}.")
+        try:
+            picture: np.ndarray = self._decode(data, name=name)
+        except self._user_error as error:  # its class is known to this package only
+            raise ValueError(str(error)) from error
+        return picture
+
+
+def _checked(pixels: np.ndarray) -> np.ndarray:
+    """uint8 pixels of one picture or several."""
+    if pixels.dtype == np.int64 and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
+        pixels = pixels.astype(np.uint8)
+    if pixels.dtype != np.uint8 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise ValueError(f"{ACCEPTED}; got {pixels.dtype} of shape {pixels.shape}.")
+    return pixels
 
 
 def _import_package(folder: Path) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections import deque
@@ -213,6 +214,17 @@ def finish_children(
                 client.set_terminated(run.info.run_id)
     except (MlflowException, SQLAlchemyError) as error:
         logger.warning("MLflow shows a wrong status for stopped trials: %s", _short(error))
+
+
+def log_files(tracking_uri: str, run_id: str, files: Mapping[str, bytes]) -> None:
+    """Stores files with a run, by name; that MLflow does not take them is only warned about."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in files.items():
+                Path(folder, name).write_bytes(data)
+            connect(tracking_uri).log_artifacts(run_id, folder)
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        logger.warning("MLflow has not taken %s: %s", ", ".join(files), _short(error))
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Train a model, CT then DTM, on Ray Train workers: `python -m pipelines.train --help`."""
 
+import importlib.metadata
 import json
 import signal
 import threading
@@ -29,7 +30,7 @@ from .pictures import Pictures, find_pictures
 from .progress import progress_line
 from .storage import delete_folder, open_uri, read_bytes, write_bytes
 from .tracking import ensure_experiment, find_run, preflight, tracked_run
-from .worker import train_loop_per_worker
+from .worker import LIBRARIES, train_loop_per_worker
 
 EXAMPLES = """\
   a small model from a folder of photos, on this machine:
@@ -51,6 +52,7 @@ _RESIZE_EVERY_S = 30
 FREE_TO_CHANGE = (
     "train.",
     "tune.",
+    "register.",
     "storage_uri",
     "tracking_uri",
     "experiment",
@@ -160,8 +162,11 @@ def training_run(
         "train_pictures": str(len(inputs.train)),
         "train_version": inputs.train.version,
         "val_version": inputs.val.version,
+        **{f"version.{name}": importlib.metadata.version(name) for name in LIBRARIES},
     }
-    known = None if is_new else find_run(inputs.tracking_uri, experiment_id, {"storage": storage})
+    # --fresh leaves the runs of the search before, whose trials have the same folders
+    mark = {"storage": storage} | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+    known = None if is_new else find_run(inputs.tracking_uri, experiment_id, mark)
     with tracked_run(
         inputs.tracking_uri,
         experiment_id,

@@ -1,227 +1,298 @@
 """Search the noise schedule: Ray Tune, each trial a training run. `python -m pipelines.tune --help`."""
 
-import itertools
+import dataclasses
+import importlib.metadata
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.util.queue import Queue
 
-from ctmsr.config import from_dict, override, to_dict
-from ctmsr.errors import ConfigError, UserError
+from ctmsr.config import check, flatten, to_dict
+from ctmsr.errors import DataError, StoreError, UserError
 
 from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
 from .command import run
-from .config import RunConfig, TuneConfig
+from .config import RunConfig
 from .progress import progress_line
-from .storage import open_uri, write_bytes
-from .tracking import ensure_experiment, finish_children, tracked_run
-from .train import Inputs, build_trainer, check_inputs, fit, training_run
+from .search_methods import Plan, Ranked, Score, Trial
+from .search_report import plots, table, verdict
+from .search_space import check_space, folder_uri, report_steps, with_point
+from .search_trial import kept_scores, run_trial
+from .storage import delete_folder, open_uri, read_bytes, write_bytes
+from .tracking import MetricLogger, ensure_experiment, find_run, finish_children, log_files, tracked_run
+from .train import Inputs, check_inputs
+from .worker import LIBRARIES
 
 EXAMPLES = """\
-  four short trials on this machine:
+  three short trials on this machine:
     python -m pipelines.tune --set name=first --set data.train_uri=photos/train --set data.val_uri=photos/val
   then train with the best schedule:
-    python -m pipelines.train --config runs/first-tune/best.json"""
+    python -m pipelines.train --config runs/first-tune/best.json
+  forty trials that aim by what the ones before scored, four at a time on the cluster of RAY_ADDRESS:
+    python -m pipelines.tune --preset published --set tune.method=tpe --set tune.num_trials=40 \\
+        --set tune.max_concurrent=4 --set name=wide --set storage_uri=s3://bucket/runs \\
+        --set data.train_uri=s3://bucket/train --set data.val_uri=s3://bucket/val --tracking-uri http://mlflow:5000
 
-RANGES = ("sigma_max", "noise_rho", "res_rho")
-CHOICES = ("s0", "s1")
-NUM_REPORTS = 4
-"""Evaluations of a trial, at which ASHA may stop it."""
-_TRIAL = "trial-"
+The same command again continues a search that stopped: finished trials are kept, others go on from their last
+checkpoint, failed ones are tried again. --fresh starts over."""
 
-
-@dataclass(frozen=True)
-class Trial:
-    """One schedule, and how the EMA weights scored on data.val_uri at the trial's last report."""
-
-    schedule: dict[str, Any]
-    step: int
-    lpips: float
-    psnr_y: float
+FREE_TO_CHANGE = ("train.", "register.", "storage_uri", "tracking_uri", "experiment", "model_name", "data.")
+"""Keys that may differ when a search continues: they do not change what it finds."""
+FIXED = ("train.global_batch_size", "train.precision", "data.eval_crop_size", "data.eval_draws")
+"""Of these, the ones that do."""
+FREE_OF_METHOD = {
+    "asha": ("tune.num_trials", "tune.max_concurrent"),
+    "tpe": ("tune.num_trials",),
+    "pbt": ("tune.max_concurrent",),
+}
+"""What else may differ: more trials continue a search that has ended."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search; trials from best to worst."""
+    """A finished search."""
 
-    trials: list[Trial]
+    trials: list[Ranked]
+    """From best to worst, without those that failed."""
     config: RunConfig
-    """The run's config with the best schedule."""
+    """The run's config with the best point."""
     config_uri: str
     """Where it is written, for `pipelines.train --config`."""
+    report: str
+    """The trials as a table, and what came of the search."""
 
 
-def trial_config(config: RunConfig, schedule: Mapping[str, Any], name: str) -> RunConfig:
-    """The training run that a trial is, through the loader that every config passes.
-
-    Raises:
-        ConfigError: The command line would refuse it, too.
-    """
-    space = config.tune
-    every = max(1, (space.ct_steps + space.dtm_steps) // NUM_REPORTS)
-    changes = {f"schedule.{key}": value for key, value in schedule.items()} | {
-        "name": name,
-        "storage_uri": f"{config.run_uri}-tune",
-        "optim.ct_steps": space.ct_steps,
-        "optim.dtm_steps": space.dtm_steps,
-        "train.checkpoint_every_steps": every,
-        "train.num_checkpoints_kept": 1,
-        "train.num_best_kept": 0,
-    }
-    return from_dict(
-        RunConfig, override(to_dict(config), [f"{k}={json.dumps(v)}" for k, v in changes.items()])
-    )
-
-
-def check_space(config: RunConfig) -> None:
-    """Builds the config of every corner of the search space, so that no trial fails on it later.
+def check_search(config: RunConfig, *, fresh: bool = False) -> Inputs:
+    """Everything that can be wrong with a search and its surroundings, found within seconds and without Ray.
 
     Raises:
-        ConfigError: A corner is not allowed.
+        UserError: The space, pictures, storage, backbones or MLflow cannot be used, or the folder holds
+            another search and `fresh` is not set.
     """
-    space = config.tune
-    values = [getattr(space, key) for key in (*RANGES, *CHOICES)]
-    for corner in itertools.product(*values):
-        schedule = dict(zip((*RANGES, *CHOICES), corner, strict=True))
-        try:
-            trial_config(config, schedule, "trial")
-        except ConfigError as error:
-            raise ConfigError(
-                f"the search space holds a schedule that is not allowed, {schedule}: {error}"
-            ) from error
+    check_space(config)
+    inputs = check_inputs(dataclasses.replace(config, name=f"{config.name}-tune"))
+    if not fresh:
+        _refuse_changed_search(config, inputs)
+    return inputs
 
 
-def search(config: RunConfig, inputs: Inputs, progress: Queue) -> Search:
-    """Runs the trials and writes the best config beside them.
+def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = False) -> Search:
+    """Runs the trials, or what is left of them, and writes the best config and the report beside them.
+
+    Args:
+        config: The run whose schedule is searched.
+        inputs: From `check_search`.
+        progress: Of `progress_line`.
+        fresh: Whether to delete what an earlier search of this name left, and start over.
 
     Raises:
-        UserError: No trial reached its end.
+        UserError: No trial reached its first report.
     """
-    file_system, storage_path = open_uri(config.storage_uri)
-    folder = f"{config.name}-tune"
+    folder = folder_uri(config)
+    if fresh:
+        delete_folder(folder)
+    write_bytes(f"{folder}/search.json", json.dumps(_described(config, inputs), indent=2).encode())
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
+    tags = {
+        "search": "true",
+        "storage": folder if "://" in folder else open_uri(folder)[1],
+        "train_version": inputs.train.version,
+        "val_version": inputs.val.version,
+        **{f"version.{name}": importlib.metadata.version(name) for name in (*LIBRARIES, "optuna")},
+    }
+    known = None if fresh else find_run(inputs.tracking_uri, experiment_id, {"storage": tags["storage"]})
     with tracked_run(
-        inputs.tracking_uri, experiment_id, folder, params=to_dict(config), tags={"search": "true"}
-    ) as parent_run_id:
-        run_trial = tune.with_parameters(
-            _run_trial, config=config, inputs=inputs, progress=progress, parent_run_id=parent_run_id
-        )
-        results = tune.Tuner(
-            # A trial only waits for its workers. With the default of one CPU, waiting trials starve them.
-            tune.with_resources(run_trial, {"memory": 2**20}),
-            param_space=_sampling(config.tune),
-            tune_config=tune.TuneConfig(
-                num_samples=config.tune.num_trials,
-                search_alg=BasicVariantGenerator(
-                    points_to_evaluate=[_schedule_of(config)],
-                    random_state=config.seed,
-                    max_concurrent=config.tune.max_concurrent,
-                ),
-                scheduler=_scheduler(config.tune),
-            ),
-            run_config=tune.RunConfig(
-                name=folder, storage_path=storage_path, storage_filesystem=file_system, verbose=0
-            ),
-        ).fit()
-        ended = [results[index] for index in range(len(results))]
-        failed = " ".join(result.path for result in ended if result.error)  # a path holds the trial's id
-        finish_children(
-            inputs.tracking_uri,
-            experiment_id,
-            parent_run_id,
-            lambda name: name.removeprefix(_TRIAL) in failed,
-        )
-    trials = sorted(
-        (
-            _trial(result.config, result.metrics)
-            for result in ended
-            if result.config and result.metrics and "lpips" in result.metrics
+        inputs.tracking_uri,
+        experiment_id,
+        f"{config.name}-tune",
+        params=to_dict(config),
+        tags=tags,
+        run_id=known,
+    ) as run_id:
+        plan = Plan(config)
+        errors = _run_trials(plan, config, inputs, progress, run_id)
+        finish_children(inputs.tracking_uri, experiment_id, run_id, errors.__contains__)
+        found = _found(config, plan, errors)
+        _store_report(found, inputs.tracking_uri, run_id)
+    return found
+
+
+class _Proposals(Searcher):
+    """Gives Ray Tune the trials of a plan in their order, but those that were over before."""
+
+    def __init__(self, plan: Plan, config: RunConfig) -> None:
+        super().__init__()
+        self._plan, self._config = plan, config
+        self._num_taken = 0
+        self._trials: dict[str, Trial] = {}
+
+    def upcoming(self) -> Trial | None:
+        """The next trial to run, as far as the scores determine it; the same until `suggest` takes it."""
+        while True:
+            self._plan.extend()
+            if self._num_taken == len(self._plan.trials):
+                return None
+            trial = self._plan.trials[self._num_taken]
+            if trial.name not in self._plan.scores:
+                self._plan.scores[trial.name] = kept_scores(self._config, trial)
+            if not self._plan.is_over(trial):
+                return trial
+            self._num_taken += 1
+
+    def suggest(self, trial_id: str) -> Any:
+        """The fields of a Trial; None while it takes more scores to know the next one."""
+        trial = self.upcoming()
+        if trial is None:
+            return Searcher.FINISHED if all(map(self._plan.is_over, self._plan.trials)) else None
+        self._num_taken += 1
+        self._trials[trial_id] = trial
+        return dataclasses.asdict(trial)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Notes that a trial failed."""
+        trial = self._trials[trial_id]
+        if error or not self._plan.is_over(trial):
+            self._plan.failed.add(trial.name)
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Saves nothing: what a search continues from are the checkpoints of its trials."""
+
+
+class _Scores(FIFOScheduler):
+    """Takes the scores of running trials into a plan, and stops those that are over."""
+
+    def __init__(self, plan: Plan, config: RunConfig) -> None:
+        super().__init__()
+        self._plan, self._last_step = plan, report_steps(config.tune)[-1]
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        if "step" not in result:  # it ended without a score
+            return TrialScheduler.CONTINUE
+        known = Trial(**trial.config)
+        self._plan.scores[known.name][result["step"]] = Score(result["lpips"], result["psnr_y"])
+        if result["step"] < self._last_step and self._plan.is_over(known):
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE  # at its last step it ends by itself
+
+
+def _run_trials(
+    plan: Plan, config: RunConfig, inputs: Inputs, progress: Queue, run_id: str
+) -> dict[str, str]:
+    """Runs the trials of a plan; returns the errors of those that failed, by name."""
+    proposals = _Proposals(plan, config)
+    if proposals.upcoming() is None:
+        return {}
+    if num_over := sum(map(plan.is_over, plan.trials)):
+        progress.put_nowait(f"going on with {folder_uri(config)}: {num_over} trials are done.")
+    file_system, path = open_uri(folder_uri(config))
+    trainable = tune.with_parameters(
+        run_trial, config=config, inputs=inputs, progress=progress, parent_run_id=run_id
+    )
+    results = tune.Tuner(
+        # A trial only waits for its workers. With the default of one CPU, waiting trials starve them.
+        tune.with_resources(trainable, {"memory": 2**20}),
+        param_space={},  # see _Proposals
+        tune_config=tune.TuneConfig(
+            num_samples=-1,  # until there are no more
+            max_concurrent_trials=config.tune.max_concurrent,
+            search_alg=proposals,
+            scheduler=_Scores(plan, config),
+            trial_dirname_creator=lambda trial: trial.config["name"],
+            reuse_actors=False,  # stopping a trial ends its process, and with it the training
         ),
-        key=lambda trial: (-trial.step, trial.lpips, -trial.psnr_y),
-    )
+        run_config=tune.RunConfig(
+            name="ray-tune", storage_path=path, storage_filesystem=file_system, verbose=0
+        ),
+    ).fit()
+    ended = [results[index] for index in range(len(results))]
+    failed = {result.config["name"]: result.error for result in ended if result.config and result.error}
+    return {name: str(error).strip().splitlines()[-1] for name, error in sorted(failed.items())}
+
+
+def _found(config: RunConfig, plan: Plan, errors: dict[str, str]) -> Search:
+    trials = plan.ranking()
+    folder = folder_uri(config)
+    failures = [f"{name} failed: {text}" for name, text in errors.items()]
     if not trials:
-        raise UserError(
-            f"no trial of {folder} reached its first report. First error: {_first_error(results)}"
-        )
-    best = from_dict(
-        RunConfig, override(to_dict(config), [f"schedule.{k}={v}" for k, v in trials[0].schedule.items()])
+        raise UserError(f"no trial of {folder} came to its end. {'; '.join(failures[:1])}")
+    report = [table(trials), *failures, verdict(config, trials)]
+    best = with_point(config, trials[0].trial.point)
+    return Search(trials, best, f"{folder}/best.json", "\n".join(report))
+
+
+def _store_report(found: Search, tracking_uri: str, run_id: str) -> None:
+    """Writes the best config, the table and the plots into the search's folder and into its MLflow run."""
+    files = {
+        "best.json": (json.dumps(to_dict(found.config), indent=2) + "\n").encode(),
+        "trials.txt": (found.report + "\n").encode(),
+        **plots(found.config, found.trials),
+    }
+    for name, data in files.items():
+        write_bytes(f"{folder_uri(found.config)}/{name}", data)
+    log_files(tracking_uri, run_id, files)
+    logger, best = MetricLogger(tracking_uri, run_id), found.trials[0]
+    logger.log(
+        {"objective": best.objective, "val_lpips": best.score.lpips, "val_psnr_y": best.score.psnr_y},
+        best.step,
     )
-    config_uri = f"{config.run_uri}-tune/best.json"
-    write_bytes(config_uri, (json.dumps(to_dict(best), indent=2) + "\n").encode())
-    return Search(trials, best, config_uri)
+    logger.close()
 
 
-def table(trials: list[Trial]) -> str:
-    """The trials as lines of text, best first."""
-    header = f"{'':2}{'sigma_max':>10}{'noise_rho':>10}{'res_rho':>9}{'s0':>4}{'s1':>4}{'steps':>8}"
-    lines = [f"{header}{'LPIPS':>9}{'PSNR-Y dB':>11}   on data.val_uri"]
-    for trial in trials:
-        s = trial.schedule
-        lines.append(
-            f"{'*' if trial is trials[0] else '':2}{s['sigma_max']:>10.3f}{s['noise_rho']:>10.3f}"
-            f"{s['res_rho']:>9.3f}{s['s0']:>4}{s['s1']:>4}{trial.step:>8}{trial.lpips:>9.4f}{trial.psnr_y:>11.2f}"
-        )
-    return "\n".join(lines)
+def _described(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What makes a search the one that it is."""
+    return {
+        "config": to_dict(config),
+        "train_version": inputs.train.version,
+        "val_version": inputs.val.version,
+    }
 
 
-def _run_trial(
-    schedule: Mapping[str, Any], config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
-) -> None:
-    trial = trial_config(config, schedule, f"{_TRIAL}{tune.get_context().get_trial_id()}")
-    with training_run(trial, inputs, parent_run_id) as run_id:
-        report = TuneReportCallback()
-        fit(trial, lambda: build_trainer(trial, inputs, progress, run_id, callbacks=[report]), progress)
-
-
-def _sampling(space: TuneConfig) -> dict[str, Any]:
-    ranges = {key: tune.uniform(*getattr(space, key)) for key in RANGES}
-    return ranges | {key: tune.choice(list(getattr(space, key))) for key in CHOICES}
-
-
-def _schedule_of(config: RunConfig) -> dict[str, Any]:
-    return {key: getattr(config.schedule, key) for key in (*RANGES, *CHOICES)}
-
-
-def _scheduler(space: TuneConfig) -> ASHAScheduler:
-    total = space.ct_steps + space.dtm_steps
-    return ASHAScheduler(
-        time_attr="step",
-        metric="lpips",
-        mode="min",
-        max_t=total,
-        grace_period=max(1, total // NUM_REPORTS),
-        reduction_factor=2,
+def _refuse_changed_search(config: RunConfig, inputs: Inputs) -> None:
+    folder = folder_uri(config)
+    try:
+        file_system, path = open_uri(f"{folder}/search.json")
+        stored = json.loads(read_bytes(file_system, path))
+    except StoreError:
+        raise
+    except DataError:
+        return  # there is none
+    before, now = flatten(stored), flatten(_described(config, inputs))
+    free = (*FREE_TO_CHANGE, *FREE_OF_METHOD[config.tune.method])
+    changed = []
+    for key in sorted(before | now):
+        name = key.removeprefix("config.")
+        if before.get(key) != now.get(key) and (name in FIXED or not name.startswith(free)):
+            changed.append(f"{name}: {before.get(key)} -> {now.get(key)}")
+    check(
+        not changed,
+        f"{folder} holds another search ({', '.join(changed)}). Restore the old values to continue it, set "
+        "another name to start a new one, or give --fresh to delete it and start over.",
     )
-
-
-def _trial(schedule: Mapping[str, Any], metrics: Mapping[str, Any]) -> Trial:
-    return Trial(dict(schedule), metrics["step"], metrics["lpips"], metrics["psnr_y"])
-
-
-def _first_error(results: tune.ResultGrid) -> str:
-    return next((str(error).strip().splitlines()[-1] for error in results.errors), "none was raised")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = config_parser("tune", __doc__ or "", EXAMPLES)
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what the search has done, and start over"
+    )
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
-    check_space(config)
     if arguments.dry_run:
+        check_space(config)
         return print_config(config)
-    inputs = check_inputs(config)
+    inputs = check_search(config, fresh=arguments.fresh)
     with ray_cluster(), progress_line() as progress:
-        found = search(config, inputs, progress)
-    print(table(found.trials))
-    print(f"best config: {found.config_uri}")
+        found = search(config, inputs, progress, fresh=arguments.fresh)
+    print(found.report)
+    print(f"best config and plots: {found.config_uri.rpartition('/')[0]}")
     print(f"next: python -m pipelines.train --config {found.config_uri}")
     return 0
 

@@ -27,7 +27,7 @@ from .drill_verify import lost_steps, other_state, unreadable
 from .drill_world import BUCKET, World, world
 from .training_command import BATCH, logged
 
-STEPS_PER_FAULT = 50
+STEPS_PER_FAULT = 30
 LENGTH_S = (3.0, 8.0)
 
 

@@ -59,13 +59,19 @@ def s3_server(folder: Path, *, host: str = "127.0.0.1", enter: tuple[str, ...] =
     return Server(command, port, ready="Running on", log=folder / "s3.log")
 
 
-def mlflow_server(folder: Path) -> Server:
-    """An MLflow server, whose database is `folder`/mlflow.db."""
+def mlflow_server(folder: Path, *, backend_uri: str | None = None, artifacts: str | None = None) -> Server:
+    """An MLflow server, through which artifacts pass, too.
+
+    Args:
+        folder: For its log, and where the others are None for `mlflow.db` and the artifacts.
+        backend_uri: Its database.
+        artifacts: Folder or s3:// URI that only the server reaches.
+    """
     port = free_port()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
-        *("--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", str(folder / "artifacts")),
+        *("--workers", "1", "--backend-store-uri", backend_uri or f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", artifacts or str(folder / "artifacts")),
     ]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return Server(command, port, ready="Application startup complete", log=folder / "mlflow.log", env=env)

@@ -17,7 +17,7 @@ from tests.ray_nodes import TRAIN_WORKER, RayNodes, linked_namespaces
 from tests.servers import s3_server
 from tests.training_command import NUM_CPUS, logged, start_training
 
-pytestmark = pytest.mark.nodes
+pytestmark = pytest.mark.tier
 
 START_S, RESIZE_S = 180, 240
 ELASTIC = ("train.num_workers=2", "train.min_workers=1")

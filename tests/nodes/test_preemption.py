@@ -5,10 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipelines.checkpoints import Stored, find, newest
 from tests.conftest import S3
 from tests.ray_nodes import TRAIN_WORKER, RayNodes
 from tests.training_command import NUM_CPUS, start_training
+
+pytestmark = pytest.mark.tier
 
 EVERY = 10
 """Steps between two checkpoints in their turn."""

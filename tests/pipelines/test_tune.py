@@ -1,22 +1,33 @@
-"""A search over noise schedules: three trials of two steps, each a whole training run."""
+"""A search over noise schedules: trials of a few steps, each a whole training run."""
 
-from dataclasses import dataclass
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
 
 from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
-from pipelines.checkpoints import fetched, find
+from ctmsr.errors import ConfigError
+from ctmsr.image import decode
+from pipelines.checkpoints import complete, fetched, find
 from pipelines.cli import config_parser, resolve
 from pipelines.config import RunConfig
 from pipelines.presets import PRESETS
 from pipelines.progress import progress_line
+from pipelines.storage import delete_folder, list_sizes, open_uri, read_bytes, write_bytes
 from pipelines.tracking import connect
-from pipelines.train import check_inputs
-from pipelines.tune import Search, search, table
+from pipelines.tune import Search, check_search, search
 from tests.conftest import S3
+from tests.pipelines.test_demo import wait_until_gone
 
+ROOT = Path(__file__).parents[2]
 NUM_TRIALS = 3
 
 
@@ -30,69 +41,106 @@ class Searched:
     children: list[Run]
 
 
-@pytest.fixture(scope="module")
-def searched(
-    ray_session: None, s3: S3, photos: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
-) -> Searched:
-    bucket = s3.make_bucket("tuning", {f"photos/{name}": data for name, data in photos.items()})
-    settings = [
+def config_of(places: list[str], *settings: str) -> RunConfig:
+    """Trials of two steps of four samples."""
+    tiny = [
         "name=tiny",
+        "network.lq_size=16",
+        "data.eval_crop_size=64",
+        "data.eval_draws=1",
+        "train.global_batch_size=4",
+        "train.log_every_steps=1",
+        f"tune.num_trials={NUM_TRIALS}",
+        "tune.ct_steps=2",
+    ]
+    return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*tiny, *places, *settings]))
+
+
+def search_to_end(config: RunConfig, *, fresh: bool = False) -> Searched:
+    with progress_line() as progress:
+        found = search(config, check_search(config, fresh=fresh), progress, fresh=fresh)
+    return Searched(config, found, *runs_of(config))
+
+
+def runs_of(config: RunConfig) -> tuple[Run, list[Run]]:
+    """The latest run of the search, and those of its trials."""
+    client = connect(config.tracking_uri)
+    experiment = client.get_experiment_by_name(config.experiment)
+    assert experiment is not None
+    parent, *_ = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{config.name}-tune'")
+    below = f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    return parent, client.search_runs([experiment.experiment_id], below)
+
+
+@pytest.fixture(scope="module")
+def places(
+    ray_session: None, s3: S3, photos: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> list[str]:
+    bucket = s3.make_bucket("tuning", {f"photos/{name}": data for name, data in photos.items()})
+    return [
         f"storage_uri={bucket}/runs",
         f"tracking_uri=sqlite:///{tmp_path_factory.mktemp('tuning')}/mlflow.db",
         f"data.train_uri={bucket}/photos",
         f"data.val_uri={bucket}/photos/rocket.png",
-        "network.lq_size=16",
-        "data.eval_crop_size=64",
-        "train.global_batch_size=4",
-        f"tune.num_trials={NUM_TRIALS}",
-        "tune.ct_steps=2",
-        "tune.dtm_steps=0",
     ]
-    config = from_dict(RunConfig, override(to_dict(PRESETS["small"]()), settings))
-    with progress_line() as progress:
-        found = search(config, check_inputs(config), progress)
-    client = connect(config.tracking_uri)
-    experiment = client.get_experiment_by_name(config.experiment)
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
-    (parent,) = (run for run in runs if run.info.run_name == "tiny-tune")
-    return Searched(config, found, parent, [run for run in runs if run is not parent])
+
+
+@pytest.fixture(scope="module")
+def searched(places: list[str]) -> Searched:
+    return search_to_end(config_of(places))
 
 
 def test_the_own_schedule_is_among_the_trials_and_the_best_is_first(searched: Searched) -> None:
     trials = searched.found.trials
-    assert len(trials) == NUM_TRIALS
-    own = to_dict(searched.config.schedule)
-    assert sum(trial.schedule == own for trial in trials) == 1
-    assert len({trial.schedule["sigma_max"] for trial in trials}) == NUM_TRIALS
+    assert sorted(one.trial.number for one in trials) == list(range(NUM_TRIALS))
+    own = next(one for one in trials if one.trial.number == 0)
+    schedule = to_dict(searched.config.schedule)
+    assert own.trial.point == {f"schedule.{key}": value for key, value in schedule.items()}
+    assert own.step == 2
     low, high = searched.config.tune.sigma_max
-    assert all(low <= trial.schedule["sigma_max"] <= high for trial in trials)
-    ranks = [(-trial.step, trial.lpips) for trial in trials]
+    assert all(low <= one.trial.point["schedule.sigma_max"] <= high for one in trials)
+    ranks = [(-one.step, one.objective) for one in trials]
     assert ranks == sorted(ranks)
-    assert trials[0].step == 2
-    lines = table(trials).splitlines()
-    assert len(lines) == 1 + NUM_TRIALS
-    assert [line[0] for line in lines] == [" ", "*", " ", " "]
 
 
-def test_the_best_config_is_written_for_train(searched: Searched) -> None:
+def test_the_best_config_and_the_report_are_in_storage_and_in_mlflow(searched: Searched) -> None:
     assert searched.found.config_uri == "s3://tuning/runs/tiny-tune/best.json"
     arguments = config_parser("train", "", "").parse_args(["--config", searched.found.config_uri])
     best = resolve(arguments)
     assert best == searched.found.config
-    assert to_dict(best.schedule) == searched.found.trials[0].schedule
+    point = searched.found.trials[0].trial.point
+    assert {f"schedule.{key}": value for key, value in to_dict(best.schedule).items()} == point
     assert to_dict(best) | {"schedule": None} == to_dict(searched.config) | {"schedule": None}
+
+    client, run_id = connect(searched.config.tracking_uri), searched.parent.info.run_id
+    logged = {file.path for file in client.list_artifacts(run_id)}
+    for name in ("best.json", "trials.txt", "schedules.png", "parallel.png"):
+        assert name in logged
+        file_system, path = open_uri(f"s3://tuning/runs/tiny-tune/{name}")
+        data = read_bytes(file_system, path)
+        if name.endswith(".png"):
+            assert min(decode(data, name=name).shape[:2]) > 100
+    assert searched.found.report.count("trial-00") >= NUM_TRIALS
+    assert searched.parent.data.metrics["objective"] == searched.found.trials[0].objective
 
 
 def test_trials_are_children_of_the_search_in_mlflow(searched: Searched) -> None:
     assert searched.parent.info.status == "FINISHED"
     assert searched.parent.data.tags["search"] == "true"
-    assert len(searched.children) == NUM_TRIALS
-    parents = {run.data.tags["mlflow.parentRunId"] for run in searched.children}
-    assert parents == {searched.parent.info.run_id}
+    assert {run.info.run_name for run in searched.children} == {f"trial-{n:03d}" for n in range(NUM_TRIALS)}
     assert {run.info.status for run in searched.children} == {"FINISHED"}
-    tried = sorted(float(run.data.params["schedule.sigma_max"]) for run in searched.children)
-    assert tried == sorted(trial.schedule["sigma_max"] for trial in searched.found.trials)
+    client = connect(searched.config.tracking_uri)
+    for run in searched.children:
+        one = next(one for one in searched.found.trials if one.trial.name == run.info.run_name)
+        for key, value in one.trial.point.items():
+            assert run.data.params[key] == str(value)
+        assert run.data.tags.keys() >= {"train_version", "val_version", "version.torch", "version.ray"}
+        logged = {
+            point.step: point.value for point in client.get_metric_history(run.info.run_id, "val_lpips")
+        }
+        assert logged[one.step] == one.score.lpips
+        assert client.list_artifacts(run.info.run_id, "images")  # the slider
+    assert searched.parent.data.tags.keys() >= {"val_version", "version.torch", "version.optuna"}
 
 
 def test_a_trial_is_a_run_with_its_own_checkpoint(searched: Searched) -> None:
@@ -102,4 +150,130 @@ def test_a_trial_is_a_run_with_its_own_checkpoint(searched: Searched) -> None:
         manifest = checkpoint.read_manifest(folder)
     assert str(manifest.config["schedule"]["sigma_max"]) == run.data.params["schedule.sigma_max"]
     assert manifest.config["optim"]["ct_steps"] == 2
-    assert manifest.meta["step"] in (1, 2)  # ASHA may stop it at its last report, before that is stored
+
+
+def test_the_same_command_again_trains_nothing_and_one_more_trial_only_that(searched: Searched) -> None:
+    files = list_sizes("s3://tuning/runs/tiny-tune")
+    again = search_to_end(searched.config)
+    assert again.found == searched.found
+    assert again.parent.info.run_id == searched.parent.info.run_id
+    assert {path for path in list_sizes("s3://tuning/runs/tiny-tune") if "checkpoint_" in str(path)} == {
+        path for path in files if "checkpoint_" in str(path)
+    }
+    more = replace(searched.config, tune=replace(searched.config.tune, num_trials=NUM_TRIALS + 1))
+    longer = search_to_end(more)
+    assert [one for one in longer.found.trials if one.trial.number < NUM_TRIALS] == searched.found.trials
+    assert len(longer.children) == NUM_TRIALS + 1
+
+
+def test_another_search_of_the_same_name_is_refused_and_fresh_starts_over(places: list[str]) -> None:
+    config = config_of(places, "name=again", "tune.num_trials=1")
+    first = search_to_end(config)
+    changed = replace(config, seed=1, tune=replace(config.tune, ct_steps=1))
+    with pytest.raises(
+        ConfigError, match=r"again-tune holds another search \(seed: 0 -> 1, tune.ct_steps: 2 -> 1\)"
+    ):
+        check_search(changed)
+    second = search_to_end(changed, fresh=True)
+    assert second.parent.info.run_id != first.parent.info.run_id
+    assert [run.info.run_name for run in second.children] == ["trial-000"]
+    assert second.children[0].info.run_id != first.children[0].info.run_id
+    assert {one.step for one in complete("s3://tuning/runs/again-tune/trial-000")} == {1}
+
+
+def test_a_trial_that_fails_does_not_end_the_search_and_is_tried_again(places: list[str], s3: S3) -> None:
+    config = config_of(places, "name=failing", "tune.num_trials=2", "tune.method=tpe")
+    whole = search_to_end(config)
+    folder = "s3://tuning/runs/failing-tune/trial-001"
+    last, first = complete(folder)
+    delete_folder(last.uri)
+    key = f"{first.uri}/{checkpoint.MODEL_FILE}".removeprefix("s3://tuning/")
+    size = s3.client.head_object(Bucket="tuning", Key=key)["ContentLength"]
+    s3.client.put_object(Bucket="tuning", Key=key, Body=bytes(size))  # damaged, as only its checksum tells
+    failed = search_to_end(config)
+    assert [one.trial.number for one in failed.found.trials] == [0]
+    assert "trial-001 failed: " in failed.found.report
+    assert f"{first.uri} is damaged" in failed.found.report
+    assert {run.info.run_name: run.info.status for run in failed.children}["trial-001"] == "FAILED"
+    delete_folder(folder)
+    assert search_to_end(config).found == whole.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tpe", "pbt"])
+def test_other_methods_end_with_a_best_trial(places: list[str], method: str) -> None:
+    settings = [f"name={method}", f"tune.method={method}", "tune.num_trials=4", "tune.ct_steps=4"]
+    searched = search_to_end(config_of(places, *settings))
+    trials = searched.found.trials
+    assert len(trials) == 4
+    assert {one.step for one in trials} == {4}
+    if method == "pbt":
+        assert len(searched.children) == 16
+        copies = [one for one in trials if "-from-" in one.trial.name]
+        assert copies
+        for one in copies:  # it has the parent's checkpoint, and trained on from there
+            steps = sorted(c.step for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.name}"))
+            assert steps[:2] == [3, 4]
+            copied = {c.step: c for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.name}")}[3]
+            parent = {c.step: c for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.parent}")}[3]
+            assert (copied.meta, copied.config) == (parent.meta, parent.config)
+
+
+def command(name: str, folder: Path) -> list[str]:
+    """A search of four trials of eight steps, on a Ray of its own."""
+    settings = {
+        "name": name,
+        "storage_uri": f"{folder}/runs",
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "data.train_uri": f"{folder}/photos",
+        "data.val_uri": f"{folder}/photos/rocket.png",
+        "network.lq_size": 16,
+        "data.eval_crop_size": 64,
+        "data.eval_draws": 1,
+        "train.global_batch_size": 4,
+        "tune.num_trials": 4,
+        "tune.ct_steps": 8,
+    }
+    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "pipelines.tune", *pairs]
+
+
+def kill_at(num_checkpoints: int, name: str, folder: Path) -> None:
+    """Starts the search, and kills the driver once its trials have so many checkpoints together."""
+    marker = uuid.uuid4().hex
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_ADDRESS")}
+    driver = subprocess.Popen(
+        command(name, folder),
+        cwd=ROOT,
+        env=environment | {"CTMSR_TEST_MARKER": marker},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while len(list(folder.glob(f"runs/{name}-tune/*/*/{checkpoint.MANIFEST_FILE}"))) < num_checkpoints:
+        assert driver.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    driver.wait()
+    assert wait_until_gone(marker, timeout_s=60) == []
+
+
+@pytest.mark.slow
+def test_a_search_whose_driver_is_killed_ends_with_the_same_trials(
+    photos: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, data in photos.items():
+        write_bytes(f"{tmp_path}/photos/{name}", data)
+    subprocess.run(command("whole", tmp_path), cwd=ROOT, check=True)
+    kill_at(2, "killed", tmp_path)
+    kill_at(5, "killed", tmp_path)
+    subprocess.run(command("killed", tmp_path), cwd=ROOT, check=True)
+    whole, killed = tmp_path / "runs/whole-tune", tmp_path / "runs/killed-tune"
+    assert (killed / "trials.txt").read_text() == (whole / "trials.txt").read_text()
+    best = json.loads((killed / "best.json").read_text())
+    assert best | {"name": "whole"} == json.loads((whole / "best.json").read_text())
+    config = from_dict(RunConfig, best)
+    parent, children = runs_of(config)
+    assert parent.info.status == "FINISHED"
+    assert {run.info.run_name for run in children} == {f"trial-{number:03d}" for number in range(4)}
+    assert len(children) == 4  # each went on with the run that it had

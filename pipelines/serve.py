@@ -1,0 +1,155 @@
+"""Serves a registered model over HTTP, with a page to drop a picture on: `python -m pipelines.serve`.
+
+Ray Serve runs it: every GPU of the cluster has a replica that holds the model; without GPUs there is one.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import LoggingConfig
+
+from ctmsr.config import check
+from ctmsr.errors import UserError
+
+from .cluster import ray_cluster
+from .command import run
+from .config import RunConfig
+from .server import LOOPBACK, Limits, Server
+from .tracking import preflight
+from .upscaler import Version, find_version
+
+EXAMPLES = """\
+examples:
+  the newest released model, for this machine alone; then open http://127.0.0.1:8000
+    python -m pipelines.serve
+  without the page:
+    curl --data-binary @photo.jpg http://127.0.0.1:8000/upscale > photo_x4.png
+    curl --data-binary @photo.jpg -H 'Accept: image/jpeg' http://127.0.0.1:8000/upscale > photo_x4.jpg
+
+Who can reach the port can upscale: there is no password. Before you name another --host, put a proxy with
+TLS and a login in front. The model comes with its own Python code, which runs here: name only a registry you
+trust."""
+
+_MAX_REQUESTS = 64
+"""That a replica answers at the same time: the page must come while pictures wait."""
+
+
+@contextmanager
+def serving(version: Version, *, host: str, port: int, limits: Limits) -> Iterator[str]:
+    """A running server for the length of a `with` block; yields its address.
+
+    Args:
+        version: Of the model.
+        host: Address to listen at, of the cluster's head.
+        port: There.
+        limits: What requests may ask for.
+
+    Raises:
+        UserError: The port is taken, or the model does not load.
+    """
+    _check_port(host, port)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ray_cluster():
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        server = serve.deployment(
+            name="server",
+            num_replicas=max(1, gpus),
+            max_ongoing_requests=_MAX_REQUESTS,
+            max_constructor_retry_count=1,
+            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus)},
+            logging_config=quiet,
+        )(Server)
+        options = HTTPOptions(host=host, port=port)
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=quiet)
+        try:
+            _deploy(server.bind(version, limits), version)
+            yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        finally:
+            serve.shutdown()
+
+
+def _deploy(application: serve.Application, version: Version) -> None:
+    try:
+        serve.run(application, name="upscale")
+    except RuntimeError as error:  # with the traceback of the replica as its text
+        said = [line for line in str(error).splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(f"Ray Serve cannot start {version.uri}: {said[-1].strip()}") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """Ray Serve itself would try again and again."""
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return  # the port is another machine's
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}, port {port} ({error}). Name others with --host and --port."
+        ) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.serve",
+        description="Serve a model from the MLflow registry over HTTP, with a page to drop pictures on.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    champion = f"models:/{RunConfig.model_name}@champion"
+    parser.add_argument("--model", default=champion, help="default %(default)s")
+    parser.add_argument(
+        "--tracking-uri", default=RunConfig.tracking_uri, help="MLflow with the model; default %(default)s"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="to listen at; default %(default)s, this machine only"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=2.0,
+        metavar="N",
+        help="of a picture sent; default %(default)s",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="for one picture; default %(default)s"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until it is interrupted."""
+    arguments = build_parser().parse_args(argv)
+    check(arguments.max_megapixels > 0, f"--max-megapixels must be above 0, got {arguments.max_megapixels}.")
+    check(arguments.timeout > 0, f"--timeout must be above 0, got {arguments.timeout}.")
+    check(0 < arguments.port < 65536, f"--port must be from 1 to 65535, got {arguments.port}.")
+    version = find_version(preflight(arguments.tracking_uri), arguments.model)
+    limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=_names(arguments.host))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    with serving(version, host=arguments.host, port=arguments.port, limits=limits) as url:
+        print(f"{version.uri} is at {url} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
+    return 0
+
+
+def _names(host: str) -> frozenset[str]:
+    """What a server that listens at `host` may be called; on all addresses that cannot be known."""
+    if host in LOOPBACK:
+        return LOOPBACK
+    return frozenset() if host in ("0.0.0.0", "::") else LOOPBACK | {host}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -188,7 +188,7 @@ def _draw_poisson(levels: np.ndarray, peak: int, rng: np.random.Generator) -> np
     while short.size:
         place[short] += 1
         short = short[cdf.take(place.take(short)) <= draw.take(short)]
-    return (place - row).reshape(levels.shape)
+    return (place - row).astype(np.int16).reshape(levels.shape)  # so that the caller stays in float32
 
 
 @lru_cache(maxsize=9)  # one entry for each peak: 1, 2, 4 ... 256; 5 MB in all

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from ctmsr.errors import TrackingError
 
@@ -82,6 +83,11 @@ class Write:
             client.set_registered_model_alias(model_name, self.name, str(self.version))
         else:
             client.set_model_version_tag(model_name, str(self.version), self.name, self.value)
+
+    def is_done(self, client: MlflowClient, model_name: str) -> bool:
+        """Whether somebody has written it, perhaps with another value."""
+        version = client.get_model_version(model_name, str(self.version))
+        return self.name in (version.aliases if self.value is None else version.tags)
 
 
 def record(rule: RegisterConfig, measured: Measured | None) -> dict[str, str]:
@@ -186,7 +192,12 @@ def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
         if not writes:
             return aliases
         for write in writes:
-            write.apply(client, model_name)
+            try:
+                write.apply(client, model_name)
+            except MlflowException:
+                if not write.is_done(client, model_name):
+                    raise
+                break  # another process was first, which some databases refuse: look again
 
 
 def decision_of(client: MlflowClient, model_name: str, version: str) -> Decision:

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 import torch
@@ -12,7 +13,7 @@ import torch
 from ctmsr.config import check
 from ctmsr.errors import UserError
 
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .storage import STORAGE_ENV
 
 _QUIET = {
@@ -51,6 +52,23 @@ def check_gpus(train: TrainConfig) -> None:
     )
 
 
+def check_lasting(config: RunConfig) -> None:
+    """A job runs in a copy of its working directory, which Ray deletes some time after it.
+
+    Raises:
+        ConfigError: The run would be stored in there.
+    """
+    if "working_dir_files" not in Path.cwd().parts:  # where Ray puts such copies
+        return
+    for name, uri in (("storage_uri", config.storage_uri), ("tracking_uri", config.tracking_uri)):
+        path = uri.removeprefix("sqlite:///")
+        check(
+            "://" in path or os.path.isabs(path),
+            f"{name}={uri} is a relative path, and this job runs in a copy of its working directory, which "
+            "will be deleted. Name s3://bucket/folder, an MLflow server, or a full path that all nodes see.",
+        )
+
+
 def _check_reachable(address: str) -> None:
     """Ray itself would try for minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
@@ -77,16 +95,26 @@ def ray_cluster() -> Iterator[None]:
     # Ray turns token authentication on by itself; that it warns of this is no news to the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     _check_reachable(address)
-    ray.init(
-        address=address,
-        num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1) if address == "local" else None,
-        include_dashboard=True if address == "local" else None,  # Tune over Train needs it
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        logging_config=ray.LoggingConfig(log_level="WARNING"),
-        runtime_env={"env_vars": STORAGE_ENV},
-    )
+    _connect(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(
+            address=address,
+            num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1) if address == "local" else None,
+            include_dashboard=True if address == "local" else None,  # Tune over Train needs it
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            logging_config=ray.LoggingConfig(log_level="WARNING"),
+            runtime_env={"env_vars": STORAGE_ENV},
+        )
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at RAY_ADDRESS={address} refuses the token, or finds none: {error.message}. "
+            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
+        ) from error

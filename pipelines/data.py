@@ -17,26 +17,19 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import ray.data
 import ray.train
-from ray.data import Datasource, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.data.block import BlockMetadata
 
 from ctmsr.degradation import DegradationConfig, degrade
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop
-from ctmsr.rng import permutation, sample_rng
+from ctmsr.rng import sample_rng
 
 from .pictures import Pictures
+from .sample_schedule import NO_SAMPLE, SampleSchedule, sample_table
 from .storage import open_uri, read_bytes
 
-_MIN_BLOCK_ROWS = 80
-"""A block costs Ray Data the same whatever it holds: 40 rows gave 1.6 to 2 times the images/s of 20."""
-_ROUND_BLOCKS = 64
-"""Blocks of one execution of the stream. Ray Data plans them all, 3 ms each, before the first one runs."""
-_NO_SAMPLE = -1
 _BREATH_S = 0.005
 _VAL_BLOCK_ROWS = 8
 _VAL_SEED = 0
@@ -131,15 +124,10 @@ def train_stream(
         that is gone, cannot be decoded or is too small has a black row with its problem, so that the rows of
         the others stay where they are. A store that fails raises DataError in its task.
     """
-    schedule = _Schedule(pictures, seed, skip, total, global_batch_size, num_workers)
+    schedule = SampleSchedule(pictures, seed, skip, total, global_batch_size, num_workers)
     blocks = ray.data.read_datasource(schedule, override_num_blocks=max(1, len(schedule.get_read_tasks(1))))
     maker = _Maker(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, seed, False)
     return configured(blocks.map_batches(partial(_train_rows, maker=maker), batch_size=None))
-
-
-def rows_per_worker(global_batch_size: int, num_workers: int) -> int:
-    """Rows of the training stream that each worker takes a step."""
-    return -(-global_batch_size // num_workers)
 
 
 def val_samples(
@@ -157,7 +145,7 @@ def val_samples(
     """
     samples = np.arange(len(pictures) * num_draws)
     picture, draw = np.divmod(samples, num_draws)
-    table = _sample_table(pictures, samples, draw, picture)
+    table = sample_table(pictures, samples, draw, picture)
     blocks = [table.slice(row, _VAL_BLOCK_ROWS) for row in range(0, len(samples), _VAL_BLOCK_ROWS)]
     maker = _Maker(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, _VAL_SEED, True)
     rows = ray.data.from_arrow(blocks).map_batches(partial(_val_rows, maker=maker), batch_size=None)
@@ -186,70 +174,6 @@ class StreamConfig(ray.train.DataConfig):
 
 def _in_order() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(preserve_order=True)
-
-
-class _Schedule(Datasource):
-    """Blocks of samples such that block j holds the rows of worker j % num_workers, step by step.
-
-    A row names its picture, so that only this object, of which there is one, holds the list of them.
-    """
-
-    def __init__(
-        self, pictures: Pictures, seed: int, skip: int, total: int, global_batch_size: int, num_workers: int
-    ) -> None:
-        super().__init__()
-        self._pictures, self._seed = pictures, seed
-        self._skip = skip
-        self._num_steps = max(0, total - skip) // global_batch_size
-        self._global_batch_size = global_batch_size
-        self._num_workers = num_workers
-        self._steps_per_block = -(-_MIN_BLOCK_ROWS * num_workers // global_batch_size)
-        self._steps_per_round = self._steps_per_block * max(1, _ROUND_BLOCKS // num_workers)
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        # The counter behind Ray Data's reseed_after_execution: how often the data set has been run through.
-        first = self._steps_per_round * (0 if data_context is None else data_context._execution_idx)
-        stop = min(first + self._steps_per_round, self._num_steps)
-        tasks = []
-        for step in range(first, stop, self._steps_per_block):
-            steps = np.arange(step, min(step + self._steps_per_block, stop))
-            samples = (
-                self._skip + steps[:, None] * self._global_batch_size + np.arange(self._global_batch_size)
-            )
-            num_rows = self._num_workers * rows_per_worker(self._global_batch_size, self._num_workers)
-            samples = np.pad(
-                samples, ((0, 0), (0, num_rows - self._global_batch_size)), constant_values=_NO_SAMPLE
-            )
-            by_worker = samples.reshape(len(steps), self._num_workers, -1)  # axes: step, worker, row
-            tasks += [self._task(by_worker[:, w].ravel()) for w in range(self._num_workers)]
-        return tasks
-
-    def _task(self, samples: np.ndarray) -> ReadTask:
-        num_pictures = len(self._pictures)
-        epochs, positions = np.divmod(samples, num_pictures)
-        picture = np.zeros_like(samples)  # of an empty row, whose epoch is -1: any
-        for epoch in np.unique(epochs[samples != _NO_SAMPLE]):
-            order = _order(self._seed, int(epoch), num_pictures)
-            picture[epochs == epoch] = order[positions[epochs == epoch]]
-        block = _sample_table(self._pictures, samples, epochs, picture)
-        metadata = BlockMetadata(
-            num_rows=block.num_rows, size_bytes=block.nbytes, exec_stats=None, input_files=None
-        )
-        return ReadTask(lambda: [block], metadata)
-
-
-def _sample_table(
-    pictures: Pictures, samples: np.ndarray, epochs: np.ndarray, picture: np.ndarray
-) -> pa.Table:
-    columns = {"sample": samples, "epoch": epochs, "key": pictures.keys.take(pa.array(picture))}
-    if pictures.lq_keys is not None:
-        columns["lq_key"] = pictures.lq_keys.take(pa.array(picture))
-    return pa.table(columns)
 
 
 def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
@@ -303,7 +227,7 @@ def _make_rows(rows: Rows, maker: _Maker) -> Rows:
     }
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, key in enumerate(rows["key"].tolist()):
-        if rows["sample"][row] != _NO_SAMPLE:
+        if rows["sample"][row] != NO_SAMPLE:
             rows_of[key].append(row)
     lq_keys = rows["lq_key"].tolist() if "lq_key" in rows else None
     wanted = [(key, lq_keys[where[0]] if lq_keys else None) for key, where in rows_of.items()]
@@ -368,4 +292,3 @@ def _fill(
 
 
 _open = lru_cache(maxsize=4)(open_uri)
-_order = lru_cache(maxsize=2)(permutation)

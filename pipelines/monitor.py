@@ -16,8 +16,8 @@ from ctmsr.train_state import TrainState
 from .batches import Intake
 from .config import RunConfig
 from .evaluate import score
+from .metric_logger import MetricLogger
 from .progress import Progress
-from .tracking import MetricLogger
 
 
 class Monitor:

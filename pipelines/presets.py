@@ -18,6 +18,21 @@ def published() -> RunConfig:
     return RunConfig()
 
 
+def one_gpu() -> RunConfig:
+    """`published` on one GPU: the same updates, each of 4 portions of 8 images."""
+    return RunConfig(train=TrainConfig(num_workers=1))
+
+
+def node() -> RunConfig:
+    """`published` on a node of 8 GPUs: the same updates, 4 images a GPU."""
+    return RunConfig(train=TrainConfig(num_workers=8))
+
+
+def nodes() -> RunConfig:
+    """`published` on 16 GPUs of some nodes, 2 images a GPU; goes on with as few as 4 while some are gone."""
+    return RunConfig(train=TrainConfig(num_workers=16, min_workers=4))
+
+
 def small() -> RunConfig:
     """The same method for two CPU cores and minutes: 1.0 M parameters, 32 -> 128, mild degradation."""
     return RunConfig(
@@ -92,4 +107,6 @@ def _mild_degradation() -> DegradationConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"published": published, "small": small}
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    preset.__name__: preset for preset in (small, one_gpu, published, node, nodes)
+}

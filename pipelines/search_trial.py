@@ -18,10 +18,11 @@ from ctmsr.errors import DataError, StoreError
 
 from .checkpoints import Stored, complete, fetched
 from .config import RunConfig
+from .restarts import fit
 from .search_methods import Score, Trial
 from .search_space import trial_config
 from .storage import delete_folder, list_sizes, upload_folder
-from .train import Inputs, build_trainer, fit, training_run
+from .train import Inputs, build_trainer, training_run
 
 _POLL_S = 1.0
 

@@ -1,30 +1,24 @@
-"""Runs, parameters, metrics and pictures in MLflow: the only module that imports mlflow for logging.
+"""Runs, their parameters and files in MLflow.
 
 The driver owns a run (`tracked_run`) and passes its id down; rank 0 of the workers logs into it
-(`MetricLogger`). Before a training starts, an unusable server is an error (`preflight`); once it runs, MLflow
-neither blocks a step nor ends the training: what could not be written is counted and named in a warning.
+(`metric_logger.py`). Before a training starts, an unusable server is an error (`preflight`); once it runs,
+MLflow neither blocks a step nor ends the training: what is lost is counted and named in a warning.
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import shutil
 import subprocess
 import tempfile
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import numpy as np
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Param
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
@@ -39,19 +33,6 @@ from ctmsr.errors import TrackingError
 
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
-_RETRY_EVERY_S = 2
-_STEPS_AT_ONCE = 40
-"""A request holds at most 1000 points."""
-_FINAL_ERRORS = {
-    "BAD_REQUEST",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "PERMISSION_DENIED",
-    "RESOURCE_DOES_NOT_EXIST",
-    "UNAUTHENTICATED",
-}
-"""After these, trying again is of no use."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -76,6 +57,7 @@ def preflight(tracking_uri: str) -> str:
     Raises:
         TrackingError: The address is of another kind, or there is nothing usable behind it.
     """
+    _refuse_login(tracking_uri)
     if tracking_uri.startswith(("http://", "https://")):
         with tracking_errors(f"the MLflow server {tracking_uri} does not answer"), _patience(retries=0):
             connect(tracking_uri).search_experiments(max_results=1)
@@ -184,7 +166,7 @@ def tracked_run(
                 client.set_terminated(run_id, status)
         except (MlflowException, SQLAlchemyError) as error:
             logger.warning(
-                "MLflow still shows run %s as running, it is %s: %s", run_id, status, _short(error)
+                "MLflow still shows run %s as running, it is %s: %s", run_id, status, first_line(error)
             )
 
 
@@ -213,7 +195,7 @@ def finish_children(
             if not failed(run.info.run_name):
                 client.set_terminated(run.info.run_id)
     except (MlflowException, SQLAlchemyError) as error:
-        logger.warning("MLflow shows a wrong status for stopped trials: %s", _short(error))
+        logger.warning("MLflow shows a wrong status for stopped trials: %s", first_line(error))
 
 
 def log_files(tracking_uri: str, run_id: str, files: Mapping[str, bytes]) -> None:
@@ -224,122 +206,13 @@ def log_files(tracking_uri: str, run_id: str, files: Mapping[str, bytes]) -> Non
                 Path(folder, name).write_bytes(data)
             connect(tracking_uri).log_artifacts(run_id, folder)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        logger.warning("MLflow has not taken %s: %s", ", ".join(files), _short(error))
+        logger.warning("MLflow has not taken %s: %s", ", ".join(files), first_line(error))
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
     for start in range(0, len(flat), 100):  # the most that a server takes at once
         client.log_batch(run_id, params=flat[start : start + 100])
-
-
-@dataclass(frozen=True)
-class _Write:
-    """Something that MLflow is to take: points of one step, or a picture."""
-
-    what: str
-    points: tuple[Metric, ...] = ()
-    image: Callable[[], object] | None = None
-
-
-class MetricLogger:
-    """Writes metrics and pictures of one run in a background thread: a call returns at once.
-
-    The thread keeps the order. While the server is away, it goes on trying, for as long as the run lasts, and
-    what waits is held in memory; `unsent` is what a checkpoint should hold of it.
-    """
-
-    def __init__(self, tracking_uri: str, run_id: str, unsent: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`unsent` is what an earlier logger of the run had not written."""
-        self._client = connect(tracking_uri)
-        self._run_id = run_id
-        self._waiting: deque[_Write] = deque()  # the first is being written
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._lost: list[str] = []
-        for known in unsent:
-            self._submit(_points(known["metrics"], known["step"], known["timestamp"]))
-        # not an executor: the interpreter would wait for its thread, minutes if the server is dead
-        self._thread = threading.Thread(target=self._write_all, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queues one point per metric, stamped with the present time."""
-        self._submit(_points(metrics, step, int(time.time() * 1000)))
-
-    def image(self, image_u8: np.ndarray, key: str, step: int) -> None:
-        """Queues a uint8 HWC picture; MLflow shows the pictures of one key with a slider over the steps."""
-        write = partial(self._client.log_image, self._run_id, image_u8, key=key, step=step)
-        self._submit(_Write(f"picture {key} of step {step}", image=write))
-
-    def unsent(self) -> list[dict[str, Any]]:
-        """Points that are not written yet, as JSON types. Pictures are not among them."""
-        with self._changed:
-            waiting = [write.points for write in self._waiting if write.points]
-        return [
-            {
-                "step": points[0].step,
-                "timestamp": points[0].timestamp,
-                "metrics": {point.key: point.value for point in points},
-            }
-            for points in waiting
-        ]
-
-    def close(self, timeout_s: float = 60) -> list[str]:
-        """Waits until everything is written, at most `timeout_s`.
-
-        Returns:
-            What was lost: each call to `log` or `image`, with the reason.
-        """
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._thread.join(timeout_s)
-        with self._changed:
-            return [*self._lost, *(f"{write.what}: not written in time" for write in self._waiting)]
-
-    def _submit(self, write: _Write) -> None:
-        with self._changed:
-            self._waiting.append(write)
-            self._changed.notify_all()
-
-    def _write_all(self) -> None:
-        while writes := self._next():
-            error = self._write(writes)
-            if error is not None and error.error_code not in _FINAL_ERRORS:
-                with self._changed:
-                    self._changed.wait_for(lambda: False, _RETRY_EVERY_S)
-                continue
-            with self._changed:
-                for write in writes:
-                    self._waiting.popleft()
-                    if error is not None:
-                        self._lost.append(f"{write.what}: {_short(error)}")
-
-    def _next(self) -> list[_Write]:
-        """What to write next: one picture, or the points of many steps; nothing when all is done."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            points = list(itertools.takewhile(lambda write: write.points, self._waiting))
-            return points[:_STEPS_AT_ONCE] or list(itertools.islice(self._waiting, 1))
-
-    def _write(self, writes: list[_Write]) -> MlflowException | None:
-        try:
-            if writes[0].image:
-                writes[0].image()
-            else:
-                points = [point for write in writes for point in write.points]
-                self._client.log_batch(self._run_id, points)
-        except MlflowException as error:
-            return error
-        except (SQLAlchemyError, OSError) as error:
-            return MlflowException(_short(error))
-        return None
-
-
-def _points(metrics: Mapping[str, float], step: int, timestamp: int) -> _Write:
-    points = (Metric(name, float(value), timestamp, step) for name, value in metrics.items())
-    return _Write(f"metrics of step {step}", tuple(points))
 
 
 def git_commit() -> str | None:
@@ -358,7 +231,9 @@ def tracking_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(f"{what}: {_short(error)}. Check tracking_uri and what runs there.") from error
+        raise TrackingError(
+            f"{what}: {first_line(error)}. Check tracking_uri and what runs there."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -377,13 +252,23 @@ def _patience(*, retries: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _refuse_login(tracking_uri: str) -> None:
+    """The address is written into configs, checkpoints and MLflow, and shown in logs: not a password, too."""
+    if "@" in urlsplit(tracking_uri).netloc:
+        raise TrackingError(
+            "tracking_uri has a login in it (user:password@), which would be written into configs, "
+            "checkpoints and MLflow. Name http(s)://host:port, and export MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD."
+        )
+
+
 def _sqlite_path(tracking_uri: str) -> Path | None:
     """The absolute path in a sqlite URI; None for anything else."""
     path = tracking_uri.removeprefix(_SQLITE)
     return Path(path).absolute() if path and path != tracking_uri else None
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300].rstrip(".")

@@ -2,9 +2,7 @@
 
 import importlib.metadata
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +15,18 @@ from ray.util.queue import Queue
 
 from ctmsr.checkpoint import MANIFEST_FILE
 from ctmsr.config import check, flatten, to_dict
-from ctmsr.errors import CheckpointError, ConfigError, DataError, StoreError, UserError
+from ctmsr.errors import CheckpointError, ConfigError, DataError
 from ctmsr.perceptual import load_lpips
 
 from .checkpoints import newest
 from .cli import config_parser, print_config, resolve
-from .cluster import check_gpus, ray_cluster
-from .command import first_cause, one_line, run
+from .cluster import check_gpus, check_lasting, ray_cluster
+from .command import run
 from .config import RunConfig
 from .data import StreamConfig, StreamMaker, check_images, train_stream, val_samples
 from .pictures import Pictures, find_pictures
 from .progress import progress_line
+from .restarts import fit, steps_done
 from .storage import delete_folder, open_uri, read_bytes, write_bytes
 from .tracking import ensure_experiment, find_run, preflight, tracked_run
 from .worker import LIBRARIES, train_loop_per_worker
@@ -95,6 +94,7 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
     check_gpus(config.train)
+    check_lasting(config)
     pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
     check_images(pictures, hr_crop_size=config.network.hr_size)
     check_images(val, hr_crop_size=config.data.eval_crop_size)
@@ -137,7 +137,7 @@ def train(
     if fresh:
         start_over(config)
     with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
-        if _steps_done(config) < config.optim.total_steps:
+        if steps_done(config) < config.optim.total_steps:
             fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
     last = newest(config.run_uri)
     assert last is not None  # the last step writes one
@@ -179,70 +179,6 @@ def training_run(
         yield run_id
 
 
-def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue) -> None:
-    """Runs a training to its end; when workers are lost, starts them again from the newest checkpoint.
-
-    Ray Train's own retries count all failures of a run, and repeat those that will come again. Here failures
-    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once.
-
-    Raises:
-        UserError: It failed for good; the message is the workers' error alone.
-    """
-    num_failures = 0
-    while True:
-        before = _steps_done(config)
-        try:
-            with _keyboard_interrupt():
-                make_trainer().fit()
-            return
-        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
-            after = _steps_done(config)
-            num_failures = 1 if after > before else num_failures + 1
-            text = _failure(error)
-            if _is_final(error) or num_failures > config.train.max_failures:
-                raise UserError(f"training failed. {text}") from error
-        limit = f"failure {num_failures} of {config.train.max_failures}"
-        progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
-
-
-def _causes(error: BaseException) -> dict[str, BaseException]:
-    """What went wrong first, by place."""
-    if isinstance(error, ray.train.WorkerGroupError):
-        return {f"rank {rank}": first_cause(failure) for rank, failure in error.worker_failures.items()}
-    return {"Ray Train": first_cause(getattr(error, "controller_failure", error))}
-
-
-def _failure(error: BaseException) -> str:
-    """One line: a rank that reports a mistake speaks for the others, which fail for want of it."""
-    causes = _causes(error)
-    own = {where: cause for where, cause in causes.items() if _is_mistake(cause)}
-    return " ".join(f"{where}: {one_line(cause)}" for where, cause in sorted((own or causes).items()))
-
-
-def _is_final(error: BaseException) -> bool:
-    return any(_is_mistake(cause) for cause in _causes(error).values())
-
-
-def _is_mistake(cause: BaseException) -> bool:
-    """Whether it would come again; a store may answer the next time."""
-    return isinstance(cause, (UserError, FloatingPointError)) and not isinstance(cause, StoreError)
-
-
-@contextmanager
-def _keyboard_interrupt() -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt: Ray Train's own handler exits with 0, and outlives its run."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as stopped:
-        raise KeyboardInterrupt from stopped
-    finally:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # a trial runs in another, without a handler
-            signal.signal(signal.SIGINT, before)
-
-
 def build_trainer(
     config: RunConfig, inputs: Inputs, progress: Queue, run_id: str, callbacks: Sequence[Any] = ()
 ) -> TorchTrainer:
@@ -258,7 +194,7 @@ def build_trainer(
             scale=config.network.scale,
             degradation=config.degradation,
             seed=config.seed,
-            skip=_steps_done(config) * size,
+            skip=steps_done(config) * size,
             total=config.optim.total_steps * size,
             global_batch_size=size,
         )
@@ -304,12 +240,6 @@ def _scaling(config: RunConfig) -> ScalingConfig:
     }
     resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
     return ScalingConfig(use_gpu=train.use_gpu, resources_per_worker=resources, **arguments)
-
-
-def _steps_done(config: RunConfig) -> int:
-    """Optimizer steps in the newest checkpoint of the run, which it continues from."""
-    found = newest(config.run_uri)
-    return found.step if found else 0
 
 
 def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:

@@ -19,13 +19,14 @@ from .cli import config_parser, print_config, resolve
 from .cluster import ray_cluster
 from .command import run
 from .config import RunConfig
+from .metric_logger import MetricLogger
 from .progress import progress_line
 from .search_methods import Plan, Ranked, Score, Trial
 from .search_report import plots, table, verdict
 from .search_space import check_space, folder_uri, report_steps, with_point
 from .search_trial import kept_scores, run_trial
 from .storage import delete_folder, open_uri, read_bytes, write_bytes
-from .tracking import MetricLogger, ensure_experiment, find_run, finish_children, log_files, tracked_run
+from .tracking import ensure_experiment, find_run, finish_children, log_files, tracked_run
 from .train import Inputs, check_inputs
 from .worker import LIBRARIES
 

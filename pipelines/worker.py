@@ -26,8 +26,8 @@ from ctmsr.train_step import Batch, check_finite, train_step
 from .batches import Intake, make_batch
 from .checkpoints import CheckpointWriter, fetched, newest
 from .config import RunConfig
-from .data import rows_per_worker
 from .monitor import Monitor
+from .sample_schedule import rows_per_worker
 from .tracking import git_commit
 
 LIBRARIES = ("torch", "ray", "numpy", "opencv-python-headless", "pillow", "lpips")

@@ -137,6 +137,7 @@ def ray_session(s3: S3) -> Iterator[None]:
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         ray.init(
             address="local",
             num_cpus=4,

@@ -82,7 +82,7 @@ def rate(batches: Iterator[object], num_warm: int, num_timed: int) -> float:
 
 def from_memory(files: dict[str, bytes], cores: list[int], num_timed: int) -> float:
     """Images/s of processes that have the bytes."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would inherit Ray's locks, some of them held
     with context.Pool(len(cores), _pin_one, (context.Value("i", 0), cores)) as pool:
         items = [(data, key, 0) for key, data in files.items()]
         some = [items[i % len(items)] for i in range(num_timed)]
@@ -106,7 +106,7 @@ def _make(item: tuple[bytes, str, int]) -> None:
 
 
 def from_loader(uri: str, keys: list[str], cores: list[int], num_warm: int, num_timed: int) -> float:
-    """Images/s of a DataLoader. `spawn`, because threads of the S3 client do not survive a fork."""
+    """Images/s of a DataLoader. Threads of the S3 client do not survive a fork."""
     loader = DataLoader(
         Bucket(uri, keys, num_warm + num_timed),
         batch_size=BATCH,
@@ -144,7 +144,7 @@ def main() -> None:
     )
     parser.add_argument("--photos", type=int, default=400, help="in the bucket; default %(default)s")
     parser.add_argument("--side", type=int, default=384, help="of a photo in pixels; default %(default)s")
-    parser.add_argument("--images", type=int, default=1600, help="timed in a round; default %(default)s")
+    parser.add_argument("--images", type=int, default=4000, help="timed in a round; default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     arguments = parser.parse_args()
     *cores, last = sorted(os.sched_getaffinity(0))

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 
 from ctmsr.errors import TrackingError
 from pipelines import tracking
-from pipelines.tracking import MetricLogger, ensure_experiment, find_run, preflight, tracked_run
+from pipelines.metric_logger import MetricLogger
+from pipelines.tracking import ensure_experiment, find_run, preflight, tracked_run
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_a_run_goes_on_under_its_id(uri: str, experiment_id: str, client: Mlflow
 
 def test_a_server_that_hangs_does_not_hold_up_the_end_of_the_program(silent_server: str) -> None:
     code = (
-        "from pipelines.tracking import MetricLogger\n"
+        "from pipelines.metric_logger import MetricLogger\n"
         f"log = MetricLogger({silent_server!r}, '0' * 32)\n"
         "log.log({'loss': 1.0}, 0)\n"
         "log.close(timeout_s=0.1)\n"

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import signal
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,6 +138,32 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
 
 def steps_of(client: MlflowClient, run: Run, metric: str) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def test_ray_exports_how_a_run_goes(trained: Trained) -> None:
+    """What Prometheus would collect from the node while a run is under way."""
+    name, seen = "gauged", dict[str, float]()
+    config = replace(trained.config, name=name, optim=replace(trained.config.optim, ct_steps=2000))
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    line = re.compile(rf'ray_ctmsr_(\w+){{[^}}]*run="{name}"[^}}]*}} (\S+)')
+
+    def stop_when_seen() -> None:
+        ended = time.monotonic() + 90
+        while time.monotonic() < ended and not {"loss", "images_per_s", "val_lpips"} <= seen.keys():
+            time.sleep(0.5)
+            with urllib.request.urlopen(page, timeout=10) as answer:
+                seen.update((key, float(value)) for key, value in line.findall(answer.read().decode()))
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, long before the last step
+
+    watch = threading.Thread(target=stop_when_seen)
+    watch.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(config)
+    watch.join()
+    assert seen["images_per_s"] > 0
+    assert 0 <= seen["data_wait"] <= 1
+    assert {"loss", "lr", "num_workers", "val_lpips"} <= seen.keys()
 
 
 def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:

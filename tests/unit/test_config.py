@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pytest
@@ -152,3 +152,13 @@ def test_every_setting_of_a_run_is_described() -> None:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_presets_survive_a_plain_dict(preset: Callable[[], RunConfig]) -> None:
     assert from_dict(RunConfig, to_dict(preset())) == preset()
+
+
+@pytest.mark.parametrize("preset", ["one_gpu", "node", "nodes"])
+def test_the_published_run_is_the_same_on_any_machines(preset: str) -> None:
+    run, published = PRESETS[preset](), PRESETS["published"]()
+    spread = {"num_workers", "min_workers"}
+    kept = {name: value for name, value in to_dict(run.train).items() if name not in spread}
+    assert kept.items() <= to_dict(published.train).items()
+    assert replace(run, train=published.train) == published
+    assert published.train.global_batch_size % run.train.num_workers == 0  # no worker waits for another

@@ -71,7 +71,7 @@ def _dataset(pictures: list[Picture], making: Making) -> ray.data.Dataset:
 
 def _workers() -> tuple[int, int, dict[str, Any]]:
     """How many workers the cluster holds, torch's threads in each, and what each asks Ray for."""
-    total = ray.cluster_resources()
+    total = {"CPU": 1.0} | ray.cluster_resources()  # none where the first worker is yet to be started
     if total.get("GPU", 0) >= 1:
         return int(total["GPU"]), 1, {"num_gpus": 1}
     # A private cluster has more CPUs than a small machine has cores.

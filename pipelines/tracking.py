@@ -60,7 +60,7 @@ def preflight(tracking_uri: str) -> str:
     _refuse_login(tracking_uri)
     if tracking_uri.startswith(("http://", "https://")):
         with tracking_errors(f"the MLflow server {tracking_uri} does not answer"), _patience(retries=0):
-            connect(tracking_uri).search_experiments(max_results=1)
+            _check_login(tracking_uri)
         return tracking_uri
     path = _sqlite_path(tracking_uri)
     if path is None:
@@ -73,6 +73,18 @@ def preflight(tracking_uri: str) -> str:
         with FileLock(f"{path}.lock", timeout=60):
             connect(f"{_SQLITE}{path}").search_experiments(max_results=1)
     return f"{_SQLITE}{path}"
+
+
+def _check_login(server: str) -> None:
+    try:
+        connect(server).search_experiments(max_results=1)
+    except MlflowException as error:
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise
+        raise TrackingError(
+            f"the MLflow server {server} refuses the login. Set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD to one that it knows."
+        ) from error
 
 
 def ensure_experiment(tracking_uri: str, name: str, artifact_location: str | None = None) -> str:

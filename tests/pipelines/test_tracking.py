@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,27 @@ def silent_server() -> Iterator[str]:
 def closed_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def locked_server() -> Iterator[str]:
+    """Answers as MLflow does where a login is asked for and none is given."""
+
+    class Locked(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(401, explain="You are not authenticated.")
+
+        do_POST = do_GET
+
+    with HTTPServer(("127.0.0.1", 0), Locked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_server_that_asks_for_a_login_says_how_to_give_one(locked_server: str) -> None:
+    with pytest.raises(TrackingError, match=r"refuses the login\. Set MLFLOW_TRACKING_USERNAME and"):
+        preflight(locked_server)
 
 
 def test_a_dead_server_is_an_error_at_once(closed_port: str) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,9 @@ from ctmsr.errors import StoreError, UserError
 from .checkpoints import newest
 from .command import first_cause, one_line
 from .config import RunConfig
+
+_PAUSE_S = 2
+"""Before workers start again. A trial that the search has stopped ends meanwhile: it lost nothing."""
 
 
 def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue) -> None:
@@ -38,6 +42,7 @@ def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Q
             text = _failure(error)
             if _is_final(error) or num_failures > config.train.max_failures:
                 raise UserError(f"training failed. {text}") from error
+        time.sleep(_PAUSE_S)
         limit = f"failure {num_failures} of {config.train.max_failures}"
         progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
 

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,15 +15,16 @@ from .checkpoints import newest
 from .command import first_cause, one_line
 from .config import RunConfig
 
-_PAUSE_S = 2
-"""Before workers start again. A trial that the search has stopped ends meanwhile: it lost nothing."""
 
-
-def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue) -> None:
+def fit(
+    config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue, *, is_trial: bool = False
+) -> None:
     """Runs a training to its end; when workers are lost, starts them again from the newest checkpoint.
 
     Ray Train's own retries count all failures of a run, and repeat those that will come again. Here failures
-    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once.
+    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once. So
+    does the loss of a trial's controller: a search that stops a trial ends that first, and workers started
+    again meanwhile would keep their places for ever.
 
     Raises:
         UserError: It failed for good; the message is the workers' error alone.
@@ -40,9 +40,9 @@ def fit(config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Q
             after = steps_done(config)
             num_failures = 1 if after > before else num_failures + 1
             text = _failure(error)
-            if _is_final(error) or num_failures > config.train.max_failures:
+            is_stopped = is_trial and isinstance(error, ray.exceptions.RayActorError)
+            if is_stopped or _is_final(error) or num_failures > config.train.max_failures:
                 raise UserError(f"training failed. {text}") from error
-        time.sleep(_PAUSE_S)
         limit = f"failure {num_failures} of {config.train.max_failures}"
         progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
 

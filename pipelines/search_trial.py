@@ -62,7 +62,7 @@ def run_trial(
     if trial.parent and not any(complete(run.run_uri)):
         _copy_checkpoint(f"{run.storage_uri}/{trial.parent}", trial.start_step, run.run_uri)
     with training_run(run, inputs, parent_run_id) as run_id, _scores_told(run.run_uri):
-        fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress)
+        fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress, is_trial=True)
 
 
 @contextmanager

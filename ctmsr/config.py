@@ -52,7 +52,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `data` with `["schedule.rho=3", ...]` applied; values are JSON, else plain strings.
+    """A copy of nested `data` with `["schedule.noise_rho=3", ...]` applied; values are JSON or plain text.
 
     Raises:
         ConfigError: An assignment has no `=`, or its path runs through something that is not a section.
@@ -61,7 +61,7 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
         if not separator or not path:
-            raise ConfigError(f"--set takes key=value, such as schedule.rho=3, got {assignment!r}.")
+            raise ConfigError(f"--set takes key=value, such as schedule.noise_rho=3, got {assignment!r}.")
         *sections, key = path.split(".")
         node = result
         for section in sections:

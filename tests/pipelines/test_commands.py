@@ -149,7 +149,7 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
         ("inference.tile=64", "inference.tile must exceed inference.overlap by at least"),
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),
         ("network=3", "network is a section, not a value."),
-        ("seed", "--set takes key=value, such as schedule.rho=3, got 'seed'."),
+        ("seed", "--set takes key=value, such as schedule.noise_rho=3, got 'seed'."),
         ("name=a/b", "name must be letters, digits"),
         ("name=..", "name must be letters, digits"),
         ("data.eval_crop_size=66", "data.eval_crop_size (66) must be a multiple of network.scale (4)."),
@@ -173,7 +173,8 @@ def test_gpus_that_this_machine_has_not(
 
 
 def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
-    assert "unknown preset 'big'. Presets: published, small." in refused(train, options=("--preset", "big"))
+    told = refused(train, options=("--preset", "big"))
+    assert "unknown preset 'big'. Presets: small, one_gpu, published, node, nodes." in told
     for content, message in (
         (None, "is not a readable JSON file: {file} does not exist. Check the path."),
         ("{'seed': 1}", "is not a readable JSON file: Expecting property name"),

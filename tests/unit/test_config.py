@@ -114,8 +114,8 @@ def test_override_can_unset_an_optional() -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("eggs", "--set takes key=value, such as schedule.rho=3, got 'eggs'."),
-        ("=3", "--set takes key=value, such as schedule.rho=3, got '=3'."),
+        ("eggs", "--set takes key=value, such as schedule.noise_rho=3, got 'eggs'."),
+        ("=3", "--set takes key=value, such as schedule.noise_rho=3, got '=3'."),
         ("ovn.degrees=3", "unknown config key ovn.degrees. Did you mean oven?"),
         ("eggs.size=3", "unknown config key eggs.size. Known here: oven."),
         ("oven=3", "oven is a section, not a value. Set one of: degrees, fan, rack."),

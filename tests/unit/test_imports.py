@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.markdown import blocks
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
 INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
@@ -44,6 +46,49 @@ def siblings(path: Path) -> set[str]:
 
 def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def drawn(number: int) -> set[tuple[str, str]]:
+    """The arrows of a diagram in docs/architecture.md, counted from 0."""
+    diagrams = [block.text for block in blocks(ROOT / "docs/architecture.md") if block.language == "mermaid"]
+    lines = diagrams[number].splitlines()[1:]
+    arrows = [tuple(line.split(" --> ")) for line in map(str.strip, lines)]
+    assert len(arrows) == len(set(arrows)), "an arrow is drawn twice"
+    return {(importer, imported) for importer, imported in arrows}
+
+
+def test_the_packages_are_drawn_as_they_import_each_other() -> None:
+    packages = PACKAGES | {"tests"}
+    found = {
+        (package, imported)
+        for package in packages
+        for path in modules(package)
+        for imported in (top_level(path) & packages) - {package}
+    }
+    assert drawn(0) == found
+
+
+def test_the_modules_of_ctmsr_are_drawn_as_they_import_each_other() -> None:
+    undrawn = {"errors", "config"}
+    found = {(path.stem, name) for path in modules("ctmsr") for name in siblings(path) - undrawn}
+    assert drawn(1) == found
+    assert siblings(ROOT / "ctmsr/errors.py") == set()
+    assert siblings(ROOT / "ctmsr/config.py") == {"errors"}
+
+
+def test_the_modules_of_pipelines_are_in_the_layer_above_what_they_import() -> None:
+    below = {path.stem: siblings(path) for path in modules("pipelines") if path.stem != "__init__"}
+    layer: dict[str, int] = {}
+    while len(layer) < len(below):
+        ready = [name for name in below.keys() - layer if below[name] <= layer.keys()]
+        assert ready, f"a circle of imports among {sorted(below.keys() - layer)}"
+        layer |= {name: 1 + max((layer[other] for other in below[name]), default=-1) for name in ready}
+    rows = [
+        " ".join([f"{height:2d} ", *sorted(name for name in layer if layer[name] == height)])
+        for height in sorted(set(layer.values()), reverse=True)
+    ]
+    shown = [block.text for block in blocks(ROOT / "docs/architecture.md") if block.language == "text"]
+    assert shown[0] == "\n".join(rows)
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +132,15 @@ def test_the_lowest_modules_import_no_sibling_and_the_highest_is_imported_by_non
 
 def test_only_tracking_and_release_import_mlflow() -> None:
     importers = {path.stem for path in modules("pipelines") if "mlflow" in top_level(path)}
-    assert importers <= {"tracking", "gate", "register", "registered_model", "registry", "upscaler"}
+    assert importers <= {
+        "tracking",
+        "metric_logger",
+        "gate",
+        "register",
+        "registered_model",
+        "registry",
+        "upscaler",
+    }
 
 
 def test_a_registered_model_needs_few_packages() -> None:

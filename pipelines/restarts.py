@@ -1,5 +1,6 @@
 """Runs a training to its end: what is tried again when workers are lost, and what is told."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.util.queue import Queue
 
 from ctmsr.errors import StoreError, UserError
@@ -33,7 +35,7 @@ def fit(
     while True:
         before = steps_done(config)
         try:
-            with _keyboard_interrupt():
+            with _keyboard_interrupt(), _address_known():
                 make_trainer().fit()
             return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
@@ -68,6 +70,24 @@ def _is_final(error: BaseException) -> bool:
 def _is_mistake(cause: BaseException) -> bool:
     """Whether it would come again; a store may answer the next time."""
     return isinstance(cause, (UserError, FloatingPointError)) and not isinstance(cause, StoreError)
+
+
+@contextmanager
+def _address_known() -> Iterator[None]:
+    """Tells the controller's helpers the address of their cluster.
+
+    The one that frees the places of workers whose controller died asks Ray's state API, which looks for a
+    cluster on the machine, and gives up where it finds two. Then a trial that is stopped keeps its places.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
 
 
 @contextmanager

@@ -33,6 +33,9 @@ _QUIET = {
 _ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """On this machine alone nobody gives notice, and the watcher is one more process."""
 
+_ELSEWHERE = {"RAY_gcs_server_port_wait_time_s": "3"}
+"""A cluster that answers and still refuses wants another token: Ray would ask it for 20 s."""
+
 _LEAST_CPUS = 4
 """CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
 
@@ -90,7 +93,7 @@ def ray_cluster() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    for name, value in (_QUIET | (_ALONE if address == "local" else {})).items():
+    for name, value in (_QUIET | (_ALONE if address == "local" else _ELSEWHERE)).items():
         os.environ.setdefault(name, value)
     # Ray turns token authentication on by itself; that it warns of this is no news to the user.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
@@ -113,8 +116,11 @@ def _connect(address: str) -> None:
             logging_config=ray.LoggingConfig(log_level="WARNING"),
             runtime_env={"env_vars": STORAGE_ENV},
         )
-    except ray.exceptions.AuthenticationError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        said = f"{error!r} {error.__cause__}"  # Ray wraps it, as text
+        if "AuthenticationError" not in said:
+            raise
         raise UserError(
-            f"the Ray cluster at RAY_ADDRESS={address} refuses the token, or finds none: {error.message}. "
+            f"the Ray cluster at RAY_ADDRESS={address} wants a token, and was given none or another one. "
             "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
         ) from error

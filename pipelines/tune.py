@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -53,6 +54,10 @@ FREE_OF_METHOD = {
     "pbt": ("tune.max_concurrent",),
 }
 """What else may differ: more trials continue a search that has ended."""
+
+_SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
+"""What Ray Tune would copy from the driver into the trials' runtime_env, which Ray writes into its logs. The
+trials have it from their nodes, as trainings have."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +197,7 @@ def _run_trials(
         return {}
     if num_over := sum(map(plan.is_over, plan.trials)):
         progress.put_nowait(f"going on with {folder_uri(config)}: {num_over} trials are done.")
+    ENV_VARS_TO_PROPAGATE.difference_update(_SECRETS)
     file_system, path = open_uri(folder_uri(config))
     trainable = tune.with_parameters(
         run_trial, config=config, inputs=inputs, progress=progress, parent_run_id=run_id

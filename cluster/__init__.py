@@ -1,0 +1,1 @@
+"""Machines: Ray nodes on this one, and descriptions of clusters elsewhere."""

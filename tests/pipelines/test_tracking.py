@@ -93,6 +93,13 @@ def test_other_addresses_are_refused_with_the_allowed_ones(uri: str) -> None:
         preflight(uri)
 
 
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_a_login_in_the_address_is_refused_and_not_repeated(scheme: str) -> None:
+    with pytest.raises(TrackingError, match="has a login in it") as refused:
+        preflight(f"{scheme}://me:hunter2@host:5000")
+    assert "hunter2" not in str(refused.value)
+
+
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.db").write_text("not a database, but long enough to be read as one " * 10)
     with pytest.raises(TrackingError, match=r"notes\.db cannot be used: .*file is not a database"):

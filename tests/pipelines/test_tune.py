@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
+from ray.util import placement_group_table
 
 from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
@@ -122,6 +123,14 @@ def test_the_best_config_and_the_report_are_in_storage_and_in_mlflow(searched: S
             assert min(decode(data, name=name).shape[:2]) > 100
     assert searched.found.report.count("trial-00") >= NUM_TRIALS
     assert searched.parent.data.metrics["objective"] == searched.found.trials[0].objective
+
+
+def test_trials_that_were_stopped_keep_no_places(searched: Searched) -> None:
+    assert any(one.step < 2 for one in searched.found.trials)  # stopped early
+    deadline = time.monotonic() + 30
+    while held := [group for group in placement_group_table().values() if group["state"] != "REMOVED"]:
+        assert time.monotonic() < deadline, held
+        time.sleep(0.5)
 
 
 def test_trials_are_children_of_the_search_in_mlflow(searched: Searched) -> None:

@@ -182,9 +182,8 @@ def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    context.op_resource_reservation_enabled = (
-        False  # it leaves a core idle; _ROUND_BLOCKS bounds what is ahead
-    )
+    # The reservation leaves a core idle; what is made ahead is bounded by SampleSchedule.
+    context.op_resource_reservation_enabled = False
     context.custom_execution_callback_classes = [_Breather]
     context.execution_options = _in_order()
     return dataset

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import MARK, Cluster, down, load, main, processes, up
+from cluster.local import main
+from cluster.local_nodes import MARK, Cluster, down, load, processes, up
 from ctmsr.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -1,57 +1,35 @@
-"""The files of cluster/: what would refuse them there refuses them here, offline, and is asked for real.
+"""What cluster/ gives to Kubernetes and compose: what would refuse it there refuses it here, offline.
 
-Kubernetes by its schemas, KubeRay by a schema of ours, Ray by its autoscaler and its command line, EC2 by
-botocore's model, MLflow by its command line, and this project's commands by their own parsers.
+Kubernetes is asked by its schemas, KubeRay by a schema of ours, Ray by its autoscaler, MLflow by its command
+line, and this project's commands by their own parsers.
 """
 
 import configparser
-import copy
 import importlib
 import importlib.metadata
 import json
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import botocore.session
-import botocore.validate
 import click
 import jsonschema
 import kubernetes_validate
 import mlflow.cli
 import pytest
-import yaml
 from mlflow.server.security_utils import is_allowed_host_header
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.autoscaler._private.util import prepare_config, validate_config
-from ray.scripts.scripts import cli as ray_cli
 
 from ctmsr.errors import UserError
 from tests.child import ROOT
+from tests.manifests import CLUSTER, Tree, edited, image_problems, load, parts
 
-Tree = dict[str, Any]
-
-CLUSTER = ROOT / "cluster"
 KUBERNETES = CLUSTER / "kubernetes"
 JOBS = sorted((KUBERNETES / "jobs").glob("*.yaml"))
 KUBERAY = json.loads((ROOT / "tests/fixtures/kuberay.json").read_text())
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|ACCESS_KEY)", re.IGNORECASE)
 PLACEHOLDER = "REPLACE_ME"
-
-
-def load(path: Path) -> list[Tree]:
-    """The documents of a YAML file."""
-    return list(yaml.safe_load_all(path.read_text()))
 
 
 def objects() -> dict[str, Tree]:
@@ -68,17 +46,6 @@ def objects() -> dict[str, Tree]:
 def name_of(document: Tree) -> str:
     metadata: Tree = document["metadata"]
     return str(metadata.get("name") or metadata["generateName"])
-
-
-def parts(tree: Any, key: str) -> Iterator[Any]:
-    """Every value at `key`, at any depth."""
-    if isinstance(tree, dict):
-        if key in tree:
-            yield tree[key]
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        for part in tree:
-            yield from parts(part, key)
 
 
 def pods(document: Tree) -> list[Tree]:
@@ -135,18 +102,10 @@ def _pod(pod: Tree) -> Iterator[str]:
             yield f"{container['name']} keeps capabilities"
         if not {"cpu", "memory"} <= set(container.get("resources", {}).get("requests", {})):
             yield f"{container['name']} does not say what it needs"
-        yield from _image(container["image"])
+        yield from image_problems(container["image"])
         for variable in container.get("env", []):
             if SECRET.search(variable["name"]) and "value" in variable:
                 yield f"{variable['name']} is in the manifest"
-
-
-def _image(image: str) -> Iterator[str]:
-    tag = image.partition(":")[2]
-    if not re.match(r"\d+\.\d+", tag):
-        yield f"{image} is not pinned"
-    if image.startswith("ctmsr-") and tag != VERSION:
-        yield f"{image} is not version {VERSION} of this project"
 
 
 def _entrypoint(command: str) -> Iterator[str]:
@@ -163,20 +122,6 @@ def _entrypoint(command: str) -> Iterator[str]:
             code.main([*arguments, "--dry-run"])
     except (SystemExit, UserError) as error:
         yield f"{module}: {error}"
-
-
-def edited(document: Tree, path: str, value: Any) -> Tree:
-    """A copy with another value at a path of keys and indices; None takes the key away."""
-    changed = copy.deepcopy(document)
-    *way, last = [int(step) if step.isdigit() else step for step in path.split("/")]
-    place: Any = changed
-    for step in way:
-        place = place[step]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    return changed
 
 
 @pytest.mark.parametrize("name", objects())
@@ -348,65 +293,6 @@ def test_rays_autoscaler_reads_the_cluster() -> None:
     assert ours.split(".")[:2] == installed.split(".")[:2]
 
 
-def aws() -> Tree:
-    (config,) = load(CLUSTER / "aws.yaml")
-    return config
-
-
-def check_aws(config: Tree) -> Tree:
-    """What `ray up` makes of it before it calls AWS, and what EC2 would say to each kind of machine."""
-    prepared: Tree = prepare_config(copy.deepcopy(config))
-    validate_config(prepared)
-    shape = (
-        botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    )
-    for name, node in prepared["available_node_types"].items():
-        machine = dict(node["node_config"], MinCount=1, MaxCount=1)
-        del machine["SubnetIds"]  # Ray's own: it chooses one
-        report = botocore.validate.ParamValidator().validate(machine, shape)
-        assert not report.has_errors(), f"{name}: {report.generate_report()}"
-        assert machine["SecurityGroupIds"], f"{name}: Ray would make a group that lets the world try SSH"
-        assert machine["IamInstanceProfile"], f"{name}: no access to S3"
-        is_spot = machine.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
-        assert is_spot == (name != prepared["head_node_type"])
-    for command in [*prepared["head_start_ray_commands"], *prepared["worker_start_ray_commands"]]:
-        program, verb, *arguments = shlex.split(command)
-        assert program == "ray"
-        options = ray_cli.commands[verb].make_context(verb, arguments).params
-        assert options.get("dashboard_host") in (None, "127.0.0.1"), "the dashboard is open"
-    return prepared
-
-
-def test_ray_up_takes_the_aws_file() -> None:
-    prepared = check_aws(aws())
-    assert prepared["setup_commands"] == []  # else Ray's example, which installs another Ray
-    assert prepared["available_node_types"]["gpu"]["min_workers"] == 0
-    assert prepared["available_node_types"]["gpu"]["resources"]["GPU"] == 1
-    assert list(_image(prepared["docker"]["image"].rpartition("/")[2])) == []
-    assert "~/.ray/auth_token" in prepared["file_mounts"]
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "error"),
-    [
-        ("max_worker", 3, jsonschema.ValidationError),
-        ("available_node_types/gpu/resources/GPU", "1", jsonschema.ValidationError),
-        ("available_node_types/gpu/node_config", None, jsonschema.ValidationError),
-        ("head_node_type", "heads", ValueError),
-        ("max_workers", 0, ValueError),
-        ("available_node_types/gpu/node_config/InstanceTyp", "g6e.2xlarge", AssertionError),
-        ("available_node_types/cpu/node_config/BlockDeviceMappings/0/Ebs/VolumeSize", "big", AssertionError),
-        ("available_node_types/cpu/node_config/InstanceMarketOptions", None, AssertionError),
-        ("available_node_types/head/node_config/SecurityGroupIds", [], AssertionError),
-        ("head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", AssertionError),
-        ("worker_start_ray_commands/1", "ray start --adress=HEAD:6379", click.NoSuchOption),
-    ],
-)
-def test_a_broken_aws_file_is_refused(path: str, value: Any, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        check_aws(edited(aws(), path, value))
-
-
 def compose() -> Tree:
     (config,) = load(CLUSTER / "mlflow/compose.yaml")
     return config
@@ -415,7 +301,7 @@ def compose() -> Tree:
 def compose_problems(config: Tree) -> list[str]:
     found: list[str] = []
     for name, service in config["services"].items():
-        found += _image(service["image"])
+        found += image_problems(service["image"])
         found += [f"{port} is open" for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]
         found += [
             f"{variable} is in the file"
@@ -495,73 +381,3 @@ def test_a_broken_server_command_is_refused() -> None:
         server_options(
             'CMD ["mlflow", "server", "--app", "basic-auth", "--artifact-destination", "s3://b"]\n'
         )
-
-
-DOCKERFILES = [CLUSTER / "Dockerfile", CLUSTER / "mlflow/Dockerfile"]
-
-
-def hadolint(dockerfile: str) -> str:
-    """What the linter says to a Dockerfile: nothing, if all is well."""
-    program = shutil.which("hadolint", path=str(Path(sys.executable).parent)) or "hadolint"
-    done = subprocess.run([program, "-"], input=dockerfile, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("path", DOCKERFILES, ids=str)
-def test_images_are_pinned_and_not_root(path: Path) -> None:
-    text = path.read_text()
-    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["python:3.11.14-slim-bookworm"]
-    assert re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1] == "1000:1000"
-    assert all("--require-hashes" in line for line in text.splitlines() if line.startswith("RUN pip"))
-    assert hadolint(text) == ""
-
-
-def test_the_linter_sees_an_image_that_is_not_pinned() -> None:
-    assert "DL3007" in hadolint("FROM python:latest\n")
-
-
-def test_the_image_gets_what_it_copies() -> None:
-    admitted = {
-        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
-    }
-    copied = re.findall(r"^COPY (\S+)", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
-    assert set(copied) == admitted
-    assert all((ROOT / name).exists() for name in copied if not name.endswith(".lock"))
-
-
-LOCKED = {ROOT / "requirements.txt": CLUSTER / "requirements.lock"} | {
-    CLUSTER / "mlflow/requirements.txt": CLUSTER / "mlflow/requirements.lock"
-}
-
-
-@pytest.mark.parametrize(("asked", "lock"), LOCKED.items(), ids=str)
-def test_what_images_install_is_locked_and_what_is_asked_for(asked: Path, lock: Path) -> None:
-    pins = re.findall(
-        r"^([a-z0-9._-]+)(?:\[.*\])?==(\S+) \\\n +--hash=sha256:", lock.read_text(), re.MULTILINE
-    )
-    versions = dict(pins)
-    assert len(versions) == len(re.findall("^[a-z]", lock.read_text(), re.MULTILINE))  # each has a hash
-    for name, specifier in requirements(asked).items():
-        version = versions[canonicalize_name(name)]
-        assert specifier.contains(version), f"{name} {version} is not {specifier}: run sh cluster/lock.sh"
-
-
-def test_the_image_brings_cuda() -> None:
-    """A lock made where torch is installed without CUDA would make an image without it."""
-    assert re.search(r"^nvidia-nccl\S*==", (CLUSTER / "requirements.lock").read_text(), re.MULTILINE)
-
-
-def requirements(path: Path) -> dict[str, SpecifierSet]:
-    """What a requirements.txt asks for, by package."""
-    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    return {requirement.name: requirement.specifier for requirement in map(Requirement, lines)}
-
-
-def test_the_mlflow_server_is_of_the_clients_series() -> None:
-    server, client = (
-        requirements(CLUSTER / "mlflow/requirements.txt"),
-        requirements(ROOT / "requirements.txt"),
-    )
-    assert {name: server[name] for name in ("mlflow", "boto3")} == {
-        name: client[name] for name in ("mlflow", "boto3")
-    }

@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 import torch
@@ -13,7 +12,7 @@ import torch
 from ctmsr.config import check
 from ctmsr.errors import UserError
 
-from .config import RunConfig, TrainConfig
+from .config import TrainConfig
 from .storage import STORAGE_ENV
 
 _QUIET = {
@@ -53,23 +52,6 @@ def check_gpus(train: TrainConfig) -> None:
         f"train.use_gpu with train.num_workers={train.num_workers} needs as many GPUs, and this machine has "
         f"{found}. Set train.use_gpu=false, fewer workers, or RAY_ADDRESS to a cluster that has them.",
     )
-
-
-def check_lasting(config: RunConfig) -> None:
-    """A job runs in a copy of its working directory, which Ray deletes some time after it.
-
-    Raises:
-        ConfigError: The run would be stored in there.
-    """
-    if "working_dir_files" not in Path.cwd().parts:  # where Ray puts such copies
-        return
-    for name, uri in (("storage_uri", config.storage_uri), ("tracking_uri", config.tracking_uri)):
-        path = uri.removeprefix("sqlite:///")
-        check(
-            "://" in path or os.path.isabs(path),
-            f"{name}={uri} is a relative path, and this job runs in a copy of its working directory, which "
-            "will be deleted. Name s3://bucket/folder, an MLflow server, or a full path that all nodes see.",
-        )
 
 
 def _check_reachable(address: str) -> None:

@@ -37,7 +37,7 @@ from .data import configured
 from .pictures import INDEX_SUFFIX, SUMMARY_FILE
 from .progress import duration
 from .scan import SCHEMA, Listed, Settings, chunks, list_files, part_name, scan_chunk, stem, write_table
-from .storage import IMAGE_SUFFIXES, list_images, open_uri, read_bytes, write_bytes
+from .storage import IMAGE_SUFFIXES, check_lasting, list_images, open_uri, read_bytes, write_bytes
 
 EXAMPLES = """\
 examples:
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     arguments = build_parser().parse_args(argv)
     out = (arguments.out or arguments.uri.rstrip("/") + INDEX_SUFFIX).rstrip("/")
+    check_lasting("--out", out)
     check(out.endswith(INDEX_SUFFIX), f"--out must end in {INDEX_SUFFIX}, got {out!r}.")
     check(arguments.min_side >= 1, f"--min-side must be at least 1, got {arguments.min_side}.")
     settings = Settings(_absolute(arguments.uri), _absolute(arguments.lq), arguments.min_side)

@@ -99,9 +99,8 @@ def _keyboard_interrupt() -> Iterator[None]:
     except SystemExit as stopped:
         raise KeyboardInterrupt from stopped
     finally:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # a trial runs in another, without a handler
+        # A trial runs in another thread, without a handler.
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
 
 

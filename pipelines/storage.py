@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from pyarrow import fs
 
+from ctmsr.config import check
 from ctmsr.errors import DataError, StoreError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -98,6 +99,26 @@ def open_uri(uri: str, *, attempts: int = _ATTEMPTS_TO_TRANSFER) -> tuple[fs.Fil
     if scheme == "gs" and path:
         return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=10)), path
     raise DataError(f"{uri!r} is no place for data: use s3://bucket/path, gs://bucket/path or a local path.")
+
+
+def check_lasting(name: str, uri: str) -> None:
+    """A job runs in a copy of its working directory, which Ray deletes some time after it.
+
+    Args:
+        name: Of the setting.
+        uri: A place to write to.
+
+    Raises:
+        ConfigError: It is in there.
+    """
+    if "working_dir_files" not in Path.cwd().parts:  # where Ray puts such copies
+        return
+    path = uri.removeprefix("sqlite:///")
+    check(
+        "://" in path or os.path.isabs(path),
+        f"{name}={uri} is a relative path, and this job runs in a copy of its working directory, which will "
+        "be deleted. Name s3://bucket/folder, an MLflow server, or a full path that all nodes see.",
+    )
 
 
 def list_images(uri: str) -> tuple[ImageRef, ...]:

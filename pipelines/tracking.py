@@ -31,8 +31,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from ctmsr.config import flatten
 from ctmsr.errors import TrackingError
 
+from .storage import check_lasting
+
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
+
+COMMIT_ENV = "CTMSR_COMMIT"
+"""Names the commit where there is no checkout: a job's copy of the code and an image have no .git."""
 logger = logging.getLogger(__name__)
 
 
@@ -55,9 +60,11 @@ def preflight(tracking_uri: str) -> str:
         The address to pass on to every process: a sqlite path is made absolute.
 
     Raises:
+        ConfigError: It is a file in the folder of a job.
         TrackingError: The address is of another kind, or there is nothing usable behind it.
     """
     _refuse_login(tracking_uri)
+    check_lasting("tracking_uri", tracking_uri)
     if tracking_uri.startswith(("http://", "https://")):
         with tracking_errors(f"the MLflow server {tracking_uri} does not answer"), _patience(retries=0):
             _check_login(tracking_uri)
@@ -228,13 +235,17 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
 
 
 def git_commit() -> str | None:
-    """Hash of the checkout this file is in, with "-dirty" where files differ; None outside a checkout."""
+    """Hash of the checkout this file is in, with "-dirty" where files differ.
+
+    Outside a checkout, as in a job, what CTMSR_COMMIT says, or None.
+    """
+    told = os.environ.get(COMMIT_ENV) or None
     git = shutil.which("git")
     if git is None:
-        return None
+        return told
     command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else told
 
 
 @contextlib.contextmanager

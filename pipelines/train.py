@@ -20,14 +20,14 @@ from ctmsr.perceptual import load_lpips
 
 from .checkpoints import newest
 from .cli import config_parser, print_config, resolve
-from .cluster import check_gpus, check_lasting, ray_cluster
+from .cluster import check_gpus, ray_cluster
 from .command import run
 from .config import RunConfig
 from .data import StreamConfig, StreamMaker, check_images, train_stream, val_samples
 from .pictures import Pictures, find_pictures
 from .progress import progress_line
 from .restarts import fit, steps_done
-from .storage import delete_folder, open_uri, read_bytes, write_bytes
+from .storage import check_lasting, delete_folder, open_uri, read_bytes, write_bytes
 from .tracking import ensure_experiment, find_run, preflight, tracked_run
 from .worker import LIBRARIES, train_loop_per_worker
 
@@ -94,7 +94,7 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
     check_gpus(config.train)
-    check_lasting(config)
+    check_lasting("storage_uri", config.storage_uri)
     pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
     check_images(pictures, hr_crop_size=config.network.hr_size)
     check_images(val, hr_crop_size=config.data.eval_crop_size)

@@ -17,7 +17,7 @@ from ctmsr.errors import DataError
 from .command import run
 from .config import RunConfig
 from .scan import Listed, list_files
-from .storage import IMAGE_SUFFIXES, list_images, open_uri
+from .storage import IMAGE_SUFFIXES, check_lasting, list_images, open_uri
 from .tracking import preflight
 from .upscaler import Making, Outcome, Picture, Upscaler, find_version
 
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Upscales every input; a picture that cannot be read is named, and the others are still done."""
     arguments = build_parser().parse_args(argv)
+    check_lasting("--output", arguments.output)
     output = _absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
     version = find_version(preflight(arguments.tracking_uri), arguments.model)

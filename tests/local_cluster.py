@@ -32,9 +32,11 @@ class LocalCluster:
         """The command `ray`, in the shell's environment or another."""
         return _run(["-m", "ray.scripts.scripts", *arguments], self.env if env is None else env)
 
-    def submit(self, *command: str) -> str:
+    def submit(self, *command: str, **env_vars: str) -> str:
         """Runs a command as a job, which must succeed; returns what it printed."""
-        done = self.ray("job", "submit", "--working-dir", ".", "--", *command)
+        environment = json.dumps({"env_vars": env_vars})
+        options = ["--working-dir", ".", "--runtime-env-json", environment]
+        done = self.ray("job", "submit", *options, "--", *command)
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed
         assert "succeeded" in printed

@@ -47,6 +47,9 @@ print("SEEN" + json.dumps(found))
 """Tells what a job, and a task on each node, find in their environment."""
 
 
+COMMIT = secrets.token_hex(20)
+
+
 @dataclass(frozen=True)
 class World:
     """A run with everything that it needs and leaves."""
@@ -144,7 +147,7 @@ def ran(world: World) -> World:
     assert "5 pictures indexed" in submit("python", "-m", "pipelines.index", f"{world.bucket}/photos")
     submit("python", "-m", "pipelines.tune", *places)
     best = f"{world.bucket}/runs/{world.name}-tune/best.json"
-    submit("python", "-m", "pipelines.train", "--config", best)
+    submit("python", "-m", "pipelines.train", "--config", best, CTMSR_COMMIT=COMMIT)
     printed = submit("python", "-m", "pipelines.register", *places)
     assert "models:/ctmsr-x4@champion is version 1" in printed
     submit(
@@ -157,7 +160,11 @@ def ran(world: World) -> World:
 def test_from_pictures_to_upscaled_pictures_by_jobs(ran: World) -> None:
     found = find(f"{ran.bucket}/runs/{ran.name}")
     assert (found.step, found.meta["num_workers"]) == (4, 2)  # a node has no room for both
+    assert found.meta["commit"] == COMMIT  # as nothing else could tell it
     client = MlflowClient(ran.mlflow.url)
+    run_id = client.get_model_version("ctmsr-x4", "1").run_id
+    assert run_id
+    assert client.get_run(run_id).data.tags["mlflow.source.git.commit"] == COMMIT
     assert client.get_model_version_by_alias("ctmsr-x4", "champion").version == "1"
     large = {str(path) for path in list_sizes(f"{ran.bucket}/large")}
     assert large == {f"{number:02d}_x4.png" for number in range(NUM_SMALL)}
@@ -233,10 +240,21 @@ def test_a_wrong_or_missing_token_is_refused(
     assert not token or token not in driver.stderr + job.stderr + job.stdout
 
 
-def test_a_job_that_would_store_its_run_in_a_copy_of_the_folder_is_refused(world: World) -> None:
-    done = world.cluster.ray("job", "submit", "--working-dir", ".", "--", "python", "-m", "pipelines.train")
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("train", "storage_uri=runs"),
+        ("index s3://b/photos --out here.index", "--out=here.index"),
+        ("upscale s3://b/small --output here", "--output=here"),
+    ],
+)
+def test_a_job_that_would_write_into_a_copy_of_the_folder_is_refused(
+    world: World, command: str, said: str
+) -> None:
+    options = ["--working-dir", ".", "--", "python", "-m", *f"pipelines.{command}".split()]
+    done = world.cluster.ray("job", "submit", *options)
     assert done.returncode == 1
-    assert "error: storage_uri=runs is a relative path, and this job runs in a copy" in done.stdout
+    assert f"error: {said} is a relative path, and this job runs in a copy" in done.stdout
 
 
 def test_a_login_in_the_tracking_address_is_refused_before_it_is_written(ran: World) -> None:

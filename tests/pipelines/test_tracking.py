@@ -267,8 +267,10 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert tracking.git_commit() is None
+    monkeypatch.setenv("CTMSR_COMMIT", "told")
+    assert tracking.git_commit() == "told"
     git("init", "--quiet")
-    assert tracking.git_commit() is None
+    assert tracking.git_commit() == "told"
     (tmp_path / "tracking.py").write_text("1")
     git("add", ".")
     git("commit", "--quiet", "-m", "first")

@@ -218,14 +218,17 @@ def test_other_methods_end_with_a_best_trial(places: list[str], method: str) -> 
     assert {one.step for one in trials} == {4}
     if method == "pbt":
         assert len(searched.children) == 16
-        copies = [one for one in trials if "-from-" in one.trial.name]
+        names = [run.info.run_name for run in searched.children]
+        copies = [name for name in names if "-from-" in name]
         assert copies
-        for one in copies:  # it has the parent's checkpoint, and trained on from there
-            steps = sorted(c.step for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.name}"))
-            assert steps[:2] == [3, 4]
-            copied = {c.step: c for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.name}")}[3]
-            parent = {c.step: c for c in complete(f"s3://tuning/runs/pbt-tune/{one.trial.parent}")}[3]
-            assert (copied.meta, copied.config) == (parent.meta, parent.config)
+        for name in copies:  # it has the parent's checkpoint, and trained on from there
+            _, _, generation, _, donor = name.split("-")
+            start = int(generation) - 1
+            (parent,) = (other for other in names if other.startswith(f"trial-{donor}-{start}"))
+            found = {one.step: one for one in complete(f"s3://tuning/runs/pbt-tune/{name}")}
+            assert sorted(found) == [start, start + 1]
+            origin = {one.step: one for one in complete(f"s3://tuning/runs/pbt-tune/{parent}")}[start]
+            assert (found[start].meta, found[start].config) == (origin.meta, origin.config)
 
 
 def command(name: str, folder: Path) -> list[str]:

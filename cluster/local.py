@@ -101,11 +101,8 @@ def main(argv: list[str] | None = None) -> int:
         return _tell_status(arguments.folder)
     if arguments.command == "down":
         num_nodes = down(arguments.folder)
-        print(
-            f"{num_nodes} nodes ended."
-            if num_nodes
-            else f"no cluster is up in {arguments.folder.absolute()}."
-        )
+        none = f"no cluster is up in {arguments.folder.absolute()}."
+        print(f"{num_nodes} nodes ended." if num_nodes else none)
         return 0
     cluster = up(
         arguments.folder,

@@ -262,9 +262,8 @@ def _start(cluster: Cluster, address: str, options: list[str]) -> subprocess.Pop
 
 
 def _node_env(cluster: Cluster) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
-    env.pop("RAY_API_SERVER_ADDRESS", None)
-    return env | {
+    of_others = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    return {name: value for name, value in os.environ.items() if name not in of_others} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.token_path),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -182,8 +182,10 @@ def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # The reservation leaves a core idle; what is made ahead is bounded by SampleSchedule.
+    # The reservation leaves a core idle; what is made ahead is bounded by SampleSchedule. Without it, this
+    # policy compares bytes alone, and a few small outputs that wait leave only one task running.
     context.op_resource_reservation_enabled = False
+    context.downstream_capacity_backpressure_ratio = None
     context.custom_execution_callback_classes = [_Breather]
     context.execution_options = _in_order()
     return dataset

@@ -26,6 +26,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
@@ -34,7 +35,7 @@ from mlflow.exceptions import MlflowException
 from ctmsr.errors import TrackingError
 
 from .config import RegisterConfig
-from .tracking import connect, tracking_errors
+from .tracking import answered, connect, tracking_errors
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTED, REFUSED = "promoted", "refused"
@@ -203,7 +204,7 @@ def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
 def decision_of(client: MlflowClient, model_name: str, version: str) -> Decision:
     """Settles, and tells what became of a version."""
     aliases = settle(client, model_name)
-    tags = client.get_model_version(model_name, version).tags
+    tags = answered(lambda: client.get_model_version(model_name, version)).tags
     champion = aliases.get(CHAMPION)
     return Decision(
         version,
@@ -250,12 +251,11 @@ def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
 
 def _versions(client: MlflowClient, model_name: str) -> dict[int, dict[str, str]]:
     """Tags by version number."""
+    search = partial(client.search_model_versions, f"name='{model_name}'", order_by=["version_number ASC"])
     found: dict[int, dict[str, str]] = {}
     token = None
     while True:
-        page = client.search_model_versions(
-            f"name='{model_name}'", order_by=["version_number ASC"], page_token=token
-        )
+        page = answered(partial(search, page_token=token))
         found |= {int(version.version): dict(version.tags) for version in page}
         token = page.token
         if not token:
@@ -263,5 +263,5 @@ def _versions(client: MlflowClient, model_name: str) -> dict[int, dict[str, str]
 
 
 def _aliases(client: MlflowClient, model_name: str) -> dict[str, int]:
-    aliases = client.get_registered_model(model_name).aliases
+    aliases = answered(lambda: client.get_registered_model(model_name)).aliases
     return {alias: int(version) for alias, version in aliases.items()}

@@ -40,7 +40,7 @@ from .gate import CHALLENGER, CHAMPION, RISES, Decision, Measured, decision_of, 
 from .model_card import SAMPLE_FILE, lineage, model_card, with_sample
 from .registry import load_from
 from .registry import load_model as load_model
-from .tracking import connect, ensure_experiment, preflight, tracked_run, tracking_errors
+from .tracking import answered, connect, ensure_experiment, preflight, tracked_run, tracking_errors
 
 EXAMPLES = """\
   the newest checkpoint of a run, compared with the champion on the run's data.val_uri:
@@ -254,7 +254,8 @@ def _create_version(
         name, source=source, run_id=run_id, tags=tags, description=card, model_id=logged.model_id
     )
     # A request that is sent again after a lost answer makes a twin, which the gate refuses: it gains nothing.
-    twins = [v.version for v in client.search_model_versions(f"name='{name}'") if v.source == source]
+    versions = answered(lambda: client.search_model_versions(f"name='{name}'"))
+    twins = [v.version for v in versions if v.source == source]
     return str(min(map(int, [made.version, *twins])))
 
 

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -35,6 +35,8 @@ from .storage import check_lasting
 
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
+_ANSWERS_CUT_OFF = 3
+T = TypeVar("T")
 
 COMMIT_ENV = "CTMSR_COMMIT"
 """Names the commit where there is no checkout: a job's copy of the code and an image have no .git."""
@@ -246,6 +248,20 @@ def git_commit() -> str | None:
     command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else told
+
+
+def answered(ask: Callable[[], T]) -> T:
+    """What a reading request gives; asked again if the server ended in the middle of its answer.
+
+    MLflow's client itself repeats a request only until an answer begins.
+    """
+    for _ in range(_ANSWERS_CUT_OFF):
+        try:
+            return ask()
+        except MlflowException as error:
+            if "Connection broken" not in str(error):
+                raise
+    return ask()
 
 
 @contextlib.contextmanager

@@ -162,9 +162,7 @@ def test_from_pictures_to_upscaled_pictures_by_jobs(ran: World) -> None:
     assert (found.step, found.meta["num_workers"]) == (4, 2)  # a node has no room for both
     assert found.meta["commit"] == COMMIT  # as nothing else could tell it
     client = MlflowClient(ran.mlflow.url)
-    run_id = client.get_model_version("ctmsr-x4", "1").run_id
-    assert run_id
-    assert client.get_run(run_id).data.tags["mlflow.source.git.commit"] == COMMIT
+    assert client.get_model_version("ctmsr-x4", "1").tags["lineage.commit"] == COMMIT
     assert client.get_model_version_by_alias("ctmsr-x4", "champion").version == "1"
     large = {str(path) for path in list_sizes(f"{ran.bucket}/large")}
     assert large == {f"{number:02d}_x4.png" for number in range(NUM_SMALL)}
@@ -285,7 +283,7 @@ def test_a_half_started_cluster_is_ended_and_nothing_stays(tmp_path: Path) -> No
     record = json.loads((tmp_path / "half" / "cluster.json").read_text())
     assert "2 nodes" not in starting.printed()
     done = local("down", tmp_path / "half", env=shell_env())
-    assert (done.returncode, done.stdout) == (0, "1 nodes ended.\n")
+    assert (done.returncode, done.stdout) == (0, f"{len(record['pids'])} nodes ended.\n")
     assert marked(record["mark"]) == []
     assert not Path(record["ray_folder"]).exists()
     again = local("down", tmp_path / "half", env=shell_env())

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from ctmsr.errors import TrackingError
 from pipelines import tracking
@@ -278,3 +279,38 @@ def test_the_commit_is_the_checkout_s(tmp_path: Path, monkeypatch: pytest.Monkey
     assert tracking.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "tracking.py").write_text("2")
     assert tracking.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+class CutOff(BaseHTTPRequestHandler):
+    """A server of one registered model, that ends in the middle of its first answers."""
+
+    num_cut = 0
+
+    def do_GET(self) -> None:
+        body = json.dumps({"registered_model": {"name": "x"}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        is_cut = type(self).num_cut > 0
+        type(self).num_cut -= is_cut
+        self.wfile.write(body[: len(body) // 2] if is_cut else body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("num_cut", [0, 2, 9])
+def test_an_answer_that_is_cut_off_is_asked_for_again(num_cut: int) -> None:
+    CutOff.num_cut = num_cut
+    with HTTPServer(("127.0.0.1", 0), CutOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = tracking.connect(f"http://127.0.0.1:{server.server_port}")
+        try:
+            if num_cut == 9:
+                with pytest.raises(MlflowException, match="Connection broken"):
+                    tracking.answered(lambda: client.get_registered_model("x"))
+            else:
+                assert tracking.answered(lambda: client.get_registered_model("x")).name == "x"
+        finally:
+            server.shutdown()
+    assert CutOff.num_cut == (5 if num_cut == 9 else 0)

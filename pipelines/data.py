@@ -7,6 +7,7 @@ epoch and begin the next. All workers together have at any step consumed a prefi
 checkpoint records with one number what each epoch has consumed.
 """
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -178,6 +179,10 @@ def _in_order() -> ray.data.ExecutionOptions:
 
 def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     """Ray Data as this project needs it: quiet, in order, with the error of a task as it was raised."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # the console; a file of the session has it all
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # misses its bars
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,6 +1,9 @@
 """The index: what it keeps, what it sets aside and why, and that a scan is never begun anew."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -47,6 +50,18 @@ def check_corpus(folder: Path, corpus: Corpus) -> None:
 
 def test_the_good_are_kept_and_the_bad_set_aside_with_the_right_reason(tmp_path: Path) -> None:
     check_corpus(tmp_path / "photos", good(24, seed=0) | bad(72, seed=1))
+
+
+def test_in_a_terminal_the_command_s_own_lines_are_all_there_is(tmp_path: Path) -> None:
+    fill(f"{tmp_path}/photos", good(5, seed=0))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "pipelines.index", f"{tmp_path}/photos"]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2], env=environment
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    starts = [line.split()[0] for line in ended.stdout.splitlines()]
+    assert starts == ["scanned", "5", "written:", "next:"]
 
 
 @pytest.mark.slow

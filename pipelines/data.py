@@ -179,21 +179,26 @@ def _in_order() -> ray.data.ExecutionOptions:
 
 def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     """Ray Data as this project needs it: quiet, in order, with the error of a task as it was raised."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):  # the console; a file of the session has it all
-            handler.setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # misses its bars
+    _quieten()
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True
-    # The reservation leaves a core idle; what is made ahead is bounded by SampleSchedule. Without it, this
-    # policy compares bytes alone, and a few small outputs that wait leave only one task running.
+    # The reservation leaves a core idle; what is made ahead is bounded by SampleSchedule.
     context.op_resource_reservation_enabled = False
+    # Without the reservation it counts bytes alone: a few small outputs that wait leave one task running.
     context.downstream_capacity_backpressure_ratio = None
     context.custom_execution_callback_classes = [_Breather]
     context.execution_options = _in_order()
     return dataset
+
+
+def _quieten() -> None:
+    """On the console warnings alone, and none about progress bars; the session's log files have it all."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 class _Breather(ExecutionCallback):

@@ -45,8 +45,6 @@ for node in ray.nodes():
 print("SEEN" + json.dumps(found))
 """
 """Tells what a job, and a task on each node, find in their environment."""
-
-
 COMMIT = secrets.token_hex(20)
 
 

@@ -299,18 +299,24 @@ class CutOff(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.mark.parametrize("num_cut", [0, 2, 9])
-def test_an_answer_that_is_cut_off_is_asked_for_again(num_cut: int) -> None:
-    CutOff.num_cut = num_cut
+@pytest.fixture
+def cutting() -> Iterator[MlflowClient]:
+    """A client of such a server."""
     with HTTPServer(("127.0.0.1", 0), CutOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        client = tracking.connect(f"http://127.0.0.1:{server.server_port}")
-        try:
-            if num_cut == 9:
-                with pytest.raises(MlflowException, match="Connection broken"):
-                    tracking.answered(lambda: client.get_registered_model("x"))
-            else:
-                assert tracking.answered(lambda: client.get_registered_model("x")).name == "x"
-        finally:
-            server.shutdown()
-    assert CutOff.num_cut == (5 if num_cut == 9 else 0)
+        yield tracking.connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("num_cut", [0, 2])
+def test_an_answer_that_is_cut_off_is_asked_for_again(cutting: MlflowClient, num_cut: int) -> None:
+    CutOff.num_cut = num_cut
+    assert tracking.answered(lambda: cutting.get_registered_model("x")).name == "x"
+    assert CutOff.num_cut == 0
+
+
+def test_answers_that_are_always_cut_off_are_an_error(cutting: MlflowClient) -> None:
+    CutOff.num_cut = 9
+    with pytest.raises(MlflowException, match="Connection broken"):
+        tracking.answered(lambda: cutting.get_registered_model("x"))
+    assert CutOff.num_cut == 5

@@ -15,6 +15,10 @@ Tree = dict[str, Any]
 
 CLUSTER = ROOT / "cluster"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+KUBERNETES = CLUSTER / "kubernetes"
+JOBS = sorted((KUBERNETES / "jobs").glob("*.yaml"))
+SECRET = re.compile(r"(PASSWORD|SECRET|TOKEN|ACCESS_KEY)", re.IGNORECASE)
+SERVER = "mlflow.yaml Deployment mlflow"
 
 
 def load(path: Path) -> list[Tree]:
@@ -54,3 +58,19 @@ def image_problems(image: str) -> Iterator[str]:
         yield f"{image} is not pinned"
     if image.startswith("ctmsr-") and tag != VERSION:
         yield f"{image} is not version {VERSION} of this project"
+
+
+def objects() -> dict[str, Tree]:
+    """Every Kubernetes object of the manifests, by file and kind."""
+    files = [*KUBERNETES.glob("*.yaml"), *JOBS]
+    return {
+        f"{path.name} {document['kind']} {name_of(document)}": document
+        for path in files
+        if path.name != "kustomization.yaml"
+        for document in load(path)
+    }
+
+
+def name_of(document: Tree) -> str:
+    metadata: Tree = document["metadata"]
+    return str(metadata.get("name") or metadata["generateName"])

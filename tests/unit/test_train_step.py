@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctmsr.objective import Batch, compute_losses, sample_noise
 from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import StepRecord, TrainState, build_state, state_tensors
-from ctmsr.train_step import Batch, check_finite, compute_losses, sample_noise, train_step
+from ctmsr.train_step import check_finite, train_step
 
 from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, flat, make_batch
 

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from .image import to_tensor, upsample
-from .losses import Distance, LossConfig, consistency_loss, dtm_loss, dtm_range
+from .losses import (
+    Distance,
+    LossConfig,
+    Network,
+    alignment_loss,
+    consistency_loss,
+    dtm_loss,
+    dtm_range,
+)
 from .perceptual import Lpips
+from .resized_crop import cropped
 from .rng import sample_seed
 from .schedule import ScheduleConfig, curriculum_steps, trajectory_levels
 from .train_state import OptimConfig, TrainState
@@ -58,48 +67,127 @@ class Recipe:
     loss: LossConfig
 
 
-def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
-    """The losses of one batch at the state's step, with gradient; `loss` is what the phase minimises."""
-    step, total = state.global_step, recipe.optim.total_steps
-    hr, lq = to_tensor(batch.hr_u8), to_tensor(batch.lq_u8)
-    lq_up = upsample(lq, state.model.config.scale)
-    num_steps = curriculum_steps(recipe.schedule, step, total)
-    alphas, sigmas = (levels.to(hr.device) for levels in trajectory_levels(recipe.schedule, num_steps))
-    n = sample_seed(recipe.seed, "n", step) % num_steps  # one for the whole global batch
+@dataclass(frozen=True)
+class Trajectories:
+    """Those of a batch's images, from x_0 = hr at t = 0 to the noisy y_0 = lq_up at t = N."""
 
+    hr: Tensor
+    """(N, 3, H, W) in [-1, 1], as `lq_up`."""
+    lq: Tensor
+    """(N, 3, H/scale, W/scale)."""
+    lq_up: Tensor
+    alphas: Tensor
+    """Residual weights at t = 0 ... N, on the CPU, as `sigmas`."""
+    sigmas: Tensor
+
+    def levels(self, t: list[int]) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of every image at its own t, each (N,), on the images' device."""
+        return self.alphas[t].to(self.hr.device), self.sigmas[t].to(self.hr.device)
+
+    def point(self, noise: Tensor, t: list[int]) -> Tensor:
+        """x_t of every image at its own t."""
+        return trajectory_point(self.hr, self.lq_up, noise, *self.levels(t))
+
+
+def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
+    """The losses of one batch at the state's step, with gradient.
+
+    Returns:
+        Scalars `lpips`, `charbonnier` and `ct_loss`; `alignment_loss` if it has a weight and the trajectory
+        an inner point; `dtm_loss` in the second phase; `loss`, the sum of these three, which is minimised.
+
+    Raises:
+        ConfigError: loss.lpips_crop or DTM's range is too small for these images or this trajectory.
+    """
+    step, config = state.global_step, recipe.loss
+    hr, lq = to_tensor(batch.hr_u8), to_tensor(batch.lq_u8)
+    num_steps = curriculum_steps(recipe.schedule, step, recipe.optim.total_steps)
+    paths = Trajectories(
+        hr, lq, upsample(lq, state.model.config.scale), *trajectory_levels(recipe.schedule, num_steps)
+    )
+    pred, target = _pair(state, batch, recipe, paths)
+    crops = cropped(lpips, config, seed=recipe.seed, samples=batch.samples, hr_size=hr.shape[-1])
+    # DTM compares the same prediction again, but not the same crop: that would have no features to share.
+    of_pred = crops.anchored(pred) if isinstance(crops, Lpips) and state.dtm_model is not None else crops
+
+    losses = consistency_loss(pred, target, of_pred, config)
+    loss = losses["ct_loss"]
+    if config.alignment_weight and num_steps > 1:
+        losses["alignment_loss"] = _alignment(pred, batch, recipe, step, paths, crops)
+        loss = loss + losses["alignment_loss"]
+    if state.dtm_model is not None:
+        losses["dtm_loss"] = _dtm(pred, batch, recipe, paths, state.dtm_model, of_pred)
+        loss = loss + losses["dtm_loss"]
+    return losses | {"loss": loss}
+
+
+def _pair(state: TrainState, batch: Batch, recipe: Recipe, paths: Trajectories) -> tuple[Tensor, Tensor]:
+    """CT's (prediction, target): f at x_{n+1}, with gradient, and f at x_n or the HR images, without."""
+    step, config, num_steps = state.global_step, recipe.loss, len(paths.sigmas) - 1
+    n = _drawn(recipe, "n", step, batch, num_steps)
+    if config.steps == "last":
+        n = [num_steps - 1] * len(n)
+    following = [t + 1 for t in n]
     noise = sample_noise(batch, recipe.seed, "ct")
-    x_n = trajectory_point(hr, lq_up, noise, alphas[n], sigmas[n])
-    x_next = trajectory_point(hr, lq_up, noise, alphas[n + 1], sigmas[n + 1])
     # The target draws the same dropout mask as the prediction (Song & Dhariwal 2023, arXiv:2310.14189);
     # the published run drew two. The first sample sets it, so that no two workers share a mask.
     mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
-    with torch.no_grad():
-        torch.manual_seed(mask_seed)
-        target = hr if n == 0 else state.model(x_n, sigmas[n], lq)  # f(x, 0, y) = x
+    if step < config.hr_target_until * recipe.optim.total_steps or not any(n):
+        target = paths.hr  # f(x, 0, y) = x, for the images with n = 0 in a mixed batch too
+    else:
+        with torch.no_grad():
+            torch.manual_seed(mask_seed)
+            target = state.model(paths.point(noise, n), paths.levels(n)[1], paths.lq)
     torch.manual_seed(mask_seed)
-    pred = state.parallel(x_next, sigmas[n + 1], lq)
-    if state.dtm_model is not None and isinstance(lpips, Lpips):
-        lpips = lpips.anchored(pred)  # DTM compares the same prediction again
-    losses = consistency_loss(pred, target, lpips, recipe.loss)
-    losses["loss"] = losses["ct_loss"]
+    pred = state.parallel(paths.point(noise, following), paths.levels(following)[1], paths.lq)
+    return pred, target
 
-    if state.dtm_model is not None:
-        low, high = dtm_range(recipe.loss, num_steps)
-        m = torch.tensor([low + sample_seed(recipe.seed, "m", k) % (high - low) for k in batch.samples])
-        losses["dtm_loss"] = dtm_loss(
-            pred,
-            hr,
-            lq,
-            lq_up,
-            sample_noise(batch, recipe.seed, "dtm"),
-            alpha=alphas[m.to(hr.device)],
-            sigma=sigmas[m.to(hr.device)],
-            dtm_model=state.dtm_model,
-            lpips=lpips,
-            config=recipe.loss,
-        )
-        losses["loss"] = losses["ct_loss"] + losses["dtm_loss"]
-    return losses
+
+def _drawn(recipe: Recipe, purpose: str, step: int, batch: Batch, num: int) -> list[int]:
+    """A number in [0, num) for every image: one for the whole global batch, or each its own."""
+    if recipe.loss.step_per_image:
+        return [sample_seed(recipe.seed, purpose, k) % num for k in batch.samples]
+    return [sample_seed(recipe.seed, purpose, step) % num] * len(batch.samples)
+
+
+def _alignment(
+    pred: Tensor, batch: Batch, recipe: Recipe, step: int, paths: Trajectories, lpips: Distance
+) -> Tensor:
+    num_steps = len(paths.sigmas) - 1
+    t = [1 + drawn for drawn in _drawn(recipe, "t", step, batch, num_steps - 1)]
+    alpha, sigma = paths.levels(t)
+    return alignment_loss(
+        pred,
+        paths.hr,
+        paths.lq_up,
+        sample_noise(batch, recipe.seed, "alignment"),
+        alpha=alpha,
+        sigma=sigma,
+        num_steps=num_steps,
+        lpips=lpips,
+        config=recipe.loss,
+    )
+
+
+def _dtm(
+    pred: Tensor, batch: Batch, recipe: Recipe, paths: Trajectories, dtm_model: Network, lpips: Distance
+) -> Tensor:
+    low, high = dtm_range(recipe.loss, len(paths.sigmas) - 1)
+    alpha, sigma = paths.levels(
+        [low + sample_seed(recipe.seed, "m", k) % (high - low) for k in batch.samples]
+    )
+    return dtm_loss(
+        pred,
+        paths.hr,
+        paths.lq,
+        paths.lq_up,
+        sample_noise(batch, recipe.seed, "dtm"),
+        alpha=alpha,
+        sigma=sigma,
+        dtm_model=dtm_model,
+        lpips=lpips,
+        config=recipe.loss,
+    )
 
 
 def sample_noise(batch: Batch, seed: int, purpose: str) -> Tensor:

@@ -32,7 +32,7 @@ def train_step(
 
     Returns:
         Means over this worker's images, scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`,
-        `grad_norm`; then `dtm_loss`.
+        `grad_norm`; then `alignment_loss` and `dtm_loss`, as `compute_losses` says.
 
     Raises:
         FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.

@@ -79,8 +79,8 @@ def test_several_workers_compute_what_one_computes(config: LossConfig, dtm: bool
         gradient = torch.from_numpy(flat([p.grad for p in state.model.parameters() if p.grad is not None]))
         found.append(({name: value.item() for name, value in means.items()}, gradient))
     (whole, gradient), *others = found
-    for means, other in others:
-        assert means == pytest.approx(whole, rel=2e-5)
+    for values, other in others:
+        assert values == pytest.approx(whole, rel=2e-5)
         assert (other - gradient).norm() < 5e-3 * gradient.norm()
 
 

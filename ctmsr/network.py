@@ -30,7 +30,7 @@ class NetworkConfig:
     lq_size: int = 64
     """Side of the LQ crop in training, in pixels; it also names the levels of the U-Net."""
     model_channels: int = 192
-    """Channels of the first level; a multiple of 32."""
+    """Channels of the first level; a multiple of 16."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level as a multiple of model_channels; each level halves the side."""
     num_blocks: int = 4
@@ -52,8 +52,8 @@ class NetworkConfig:
             f"network.channel_mult must hold whole numbers from 1 up, got {self.channel_mult}.",
         )
         check(
-            self.model_channels % 32 == 0,
-            f"network.model_channels must be a multiple of 32 (norm groups), got {self.model_channels}.",
+            self.model_channels % 16 == 0,
+            f"network.model_channels must be a multiple of 16 (norm groups), got {self.model_channels}.",
         )
         check(
             self.embed_dim % 32 == 0,
@@ -259,7 +259,8 @@ class ResampledConv(nn.Conv2d):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    """The published min(32, C/4) groups where they divide C, else the most that divide both."""
+    return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps=1e-6)
 
 
 def _level_name(c: NetworkConfig, level: int) -> str:

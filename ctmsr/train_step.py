@@ -5,13 +5,16 @@ number of workers: n workers on n parts of a batch compute what one worker compu
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from .device import upload
 from .image import to_tensor, upsample
 from .losses import Distance, LossConfig, consistency_loss, dtm_loss, dtm_range
+from .noise import NoiseVersion, normal
 from .perceptual import Lpips
 from .rng import sample_seed
 from .schedule import ScheduleConfig, curriculum_steps, trajectory_levels
@@ -60,6 +63,8 @@ class Recipe:
     optim: OptimConfig
     schedule: ScheduleConfig
     loss: LossConfig
+    noise_version: NoiseVersion = 2
+    """Of the generator in `noise`; a run that began with another goes on with it."""
 
 
 def train_step(
@@ -83,15 +88,16 @@ def train_step(
         FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.
     """
     step, optim = state.global_step, recipe.optim
-    state.parallel.train()
-    state.optimizer.zero_grad(set_to_none=True)
+    if not state.parallel.training:
+        state.parallel.train()
+    state.drop_gradients()
     for group in state.optimizer.param_groups:
         group["lr"] = optim.lr * (0.5 if step >= optim.lr_halve_at else 1.0)
     if step >= optim.ct_steps and (step - optim.ct_steps) % optim.dtm_refresh_steps == 0:
         state.refresh_dtm_model()
 
     losses = _backward(state, batch.parts(micro_batch_size or len(batch.samples)), recipe, lpips)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm(state.gradients)
     losses |= {"grad_norm": grad_norm}
     state.unchecked.append(StepRecord(step, batch.samples, batch.keys, losses))
     if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
@@ -101,9 +107,7 @@ def train_step(
         # leaves the weights alone: from the first bad gradient on, until `check_finite` raises.
         norms = torch.stack([record.losses["grad_norm"] for record in state.unchecked])
         state.optimizer.found_inf = (~torch.isfinite(norms)).any().float()  # type: ignore[attr-defined]
-    state.optimizer.step()
-    state.ema.update_parameters(state.model)
-    state.global_step += 1
+    state.update()
     return losses
 
 
@@ -111,12 +115,15 @@ def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Dist
     """Adds the gradients of a batch's parts, which workers exchange once, with the last of them."""
     num_images = sum(len(part.samples) for part in parts)
     means: dict[str, Tensor] = {}
+    no_sync = getattr(state.parallel, "no_sync", None)
     for number, part in enumerate(parts, 1):
-        alone = getattr(state.parallel, "no_sync", contextlib.nullcontext)
-        with contextlib.nullcontext() if number == len(parts) else alone():
+        is_exchanged = no_sync is None or number == len(parts)
+        with no_sync() if no_sync and not is_exchanged else contextlib.nullcontext():
             losses = compute_losses(state, part, recipe, lpips)
             weight = len(part.samples) / num_images
             (losses["loss"] * (weight * part.share)).backward()
+        if is_exchanged:
+            state.collect_gradients()
         for name, value in losses.items():
             term = weight * value.detach()
             means[name] = means[name] + term if name in means else term
@@ -131,8 +138,9 @@ def check_finite(state: TrainState) -> None:
             that are to blame, and this worker's samples; the weights are still those before that step.
     """
     records, state.unchecked = state.unchecked, []
-    for record in records:
-        if torch.isfinite(record.losses["grad_norm"]):
+    norms = torch.stack([record.losses["grad_norm"] for record in records]).tolist() if records else []
+    for record, norm in zip(records, norms, strict=True):
+        if math.isfinite(norm):
             continue
         shown = ", ".join(f"{name} {value.item():.4g}" for name, value in record.losses.items())
         terms = [name for name, value in record.losses.items() if not torch.isfinite(value)]
@@ -151,10 +159,10 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
     hr, lq = to_tensor(batch.hr_u8), to_tensor(batch.lq_u8)
     lq_up = upsample(lq, state.model.config.scale)
     num_steps = curriculum_steps(recipe.schedule, step, total)
-    alphas, sigmas = (levels.to(hr.device) for levels in trajectory_levels(recipe.schedule, num_steps))
+    alphas, sigmas = (upload(levels, hr.device) for levels in trajectory_levels(recipe.schedule, num_steps))
     n = sample_seed(recipe.seed, "n", step) % num_steps  # one for the whole global batch
 
-    noise = sample_noise(batch, recipe.seed, "ct")
+    noise = sample_noise(batch, recipe.seed, "ct", recipe.noise_version)
     x_n = trajectory_point(hr, lq_up, noise, alphas[n], sigmas[n])
     x_next = trajectory_point(hr, lq_up, noise, alphas[n + 1], sigmas[n + 1])
     # The target draws the same dropout mask as the prediction (Song & Dhariwal 2023, arXiv:2310.14189);
@@ -162,7 +170,7 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
     mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
     with torch.no_grad():
         torch.manual_seed(mask_seed)
-        target = hr if n == 0 else state.model(x_n, sigmas[n], lq)  # f(x, 0, y) = x
+        target = hr if n == 0 else state.network(x_n, sigmas[n], lq)  # f(x, 0, y) = x
     torch.manual_seed(mask_seed)
     pred = state.parallel(x_next, sigmas[n + 1], lq)
     if state.dtm_model is not None and isinstance(lpips, Lpips):
@@ -172,15 +180,16 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
 
     if state.dtm_model is not None:
         low, high = dtm_range(recipe.loss, num_steps)
-        m = torch.tensor([low + sample_seed(recipe.seed, "m", k) % (high - low) for k in batch.samples])
+        drawn = [low + sample_seed(recipe.seed, "m", k) % (high - low) for k in batch.samples]
+        m = upload(torch.tensor(drawn), hr.device)
         losses["dtm_loss"] = dtm_loss(
             pred,
             hr,
             lq,
             lq_up,
-            sample_noise(batch, recipe.seed, "dtm"),
-            alpha=alphas[m.to(hr.device)],
-            sigma=sigmas[m.to(hr.device)],
+            sample_noise(batch, recipe.seed, "dtm", recipe.noise_version),
+            alpha=alphas[m],
+            sigma=sigmas[m],
             dtm_model=state.dtm_model,
             lpips=lpips,
             config=recipe.loss,
@@ -189,11 +198,8 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
     return losses
 
 
-def sample_noise(batch: Batch, seed: int, purpose: str) -> Tensor:
+def sample_noise(batch: Batch, seed: int, purpose: str, version: NoiseVersion = 2) -> Tensor:
     """Standard normal noise of the HR batch's shape, NCHW: a function of (seed, sample index, purpose)."""
-    n, height, width, _ = batch.hr_u8.shape
-    noise = torch.empty(n, 3, height, width, device=batch.hr_u8.device)
-    generator = torch.Generator(batch.hr_u8.device)
-    for row, k in zip(noise, batch.samples, strict=True):
-        row.normal_(generator=generator.manual_seed(sample_seed(seed, purpose, k)))
-    return noise
+    _, height, width, _ = batch.hr_u8.shape
+    seeds = [sample_seed(seed, purpose, k) for k in batch.samples]
+    return normal(seeds, (3, height, width), batch.hr_u8.device, version)

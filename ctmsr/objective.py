@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .device import upload
 from .image import to_tensor, upsample
 from .losses import (
     Distance,
@@ -19,6 +20,7 @@ from .losses import (
     dtm_loss,
     dtm_range,
 )
+from .noise import NoiseVersion, normal
 from .perceptual import Lpips
 from .resized_crop import cropped
 from .rng import sample_seed
@@ -65,6 +67,8 @@ class Recipe:
     optim: OptimConfig
     schedule: ScheduleConfig
     loss: LossConfig
+    noise_version: NoiseVersion = 2
+    """Of the generator in `noise`; a run that began with another goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Trajectories:
 
     def levels(self, t: list[int]) -> tuple[Tensor, Tensor]:
         """(alpha, sigma) of every image at its own t, each (N,), on the images' device."""
-        return self.alphas[t].to(self.hr.device), self.sigmas[t].to(self.hr.device)
+        return upload(self.alphas[t], self.hr.device), upload(self.sigmas[t], self.hr.device)
 
     def point(self, noise: Tensor, t: list[int]) -> Tensor:
         """x_t of every image at its own t."""
@@ -128,7 +132,7 @@ def _pair(state: TrainState, batch: Batch, recipe: Recipe, paths: Trajectories) 
     if config.steps == "last":
         n = [num_steps - 1] * len(n)
     following = [t + 1 for t in n]
-    noise = sample_noise(batch, recipe.seed, "ct")
+    noise = sample_noise(batch, recipe.seed, "ct", recipe.noise_version)
     # The target draws the same dropout mask as the prediction (Song & Dhariwal 2023, arXiv:2310.14189);
     # the published run drew two. The first sample sets it, so that no two workers share a mask.
     mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
@@ -137,7 +141,7 @@ def _pair(state: TrainState, batch: Batch, recipe: Recipe, paths: Trajectories) 
     else:
         with torch.no_grad():
             torch.manual_seed(mask_seed)
-            target = state.model(paths.point(noise, n), paths.levels(n)[1], paths.lq)
+            target = state.network(paths.point(noise, n), paths.levels(n)[1], paths.lq)
     torch.manual_seed(mask_seed)
     pred = state.parallel(paths.point(noise, following), paths.levels(following)[1], paths.lq)
     return pred, target
@@ -160,7 +164,7 @@ def _alignment(
         pred,
         paths.hr,
         paths.lq_up,
-        sample_noise(batch, recipe.seed, "alignment"),
+        sample_noise(batch, recipe.seed, "alignment", recipe.noise_version),
         alpha=alpha,
         sigma=sigma,
         num_steps=num_steps,
@@ -181,7 +185,7 @@ def _dtm(
         paths.hr,
         paths.lq,
         paths.lq_up,
-        sample_noise(batch, recipe.seed, "dtm"),
+        sample_noise(batch, recipe.seed, "dtm", recipe.noise_version),
         alpha=alpha,
         sigma=sigma,
         dtm_model=dtm_model,
@@ -190,11 +194,8 @@ def _dtm(
     )
 
 
-def sample_noise(batch: Batch, seed: int, purpose: str) -> Tensor:
+def sample_noise(batch: Batch, seed: int, purpose: str, version: NoiseVersion = 2) -> Tensor:
     """Standard normal noise of the HR batch's shape, NCHW: a function of (seed, sample index, purpose)."""
-    n, height, width, _ = batch.hr_u8.shape
-    noise = torch.empty(n, 3, height, width, device=batch.hr_u8.device)
-    generator = torch.Generator(batch.hr_u8.device)
-    for row, k in zip(noise, batch.samples, strict=True):
-        row.normal_(generator=generator.manual_seed(sample_seed(seed, purpose, k)))
-    return noise
+    _, height, width, _ = batch.hr_u8.shape
+    seeds = [sample_seed(seed, purpose, k) for k in batch.samples]
+    return normal(seeds, (3, height, width), batch.hr_u8.device, version)

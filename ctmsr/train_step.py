@@ -5,6 +5,7 @@ number of workers: n workers on n parts of a batch compute what one worker compu
 """
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +39,16 @@ def train_step(
         FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.
     """
     step, optim = state.global_step, recipe.optim
-    state.parallel.train()
-    state.optimizer.zero_grad(set_to_none=True)
+    if not state.parallel.training:
+        state.parallel.train()
+    state.drop_gradients()
     for group in state.optimizer.param_groups:
         group["lr"] = optim.lr * (0.5 if step >= optim.lr_halve_at else 1.0)
     if step >= optim.ct_steps and (step - optim.ct_steps) % optim.dtm_refresh_steps == 0:
         state.refresh_dtm_model()
 
     losses = _backward(state, batch.parts(micro_batch_size or len(batch.samples)), recipe, lpips)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm(state.gradients)
     losses |= {"grad_norm": grad_norm}
     state.unchecked.append(StepRecord(step, batch.samples, batch.keys, losses))
     if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
@@ -56,9 +58,7 @@ def train_step(
         # leaves the weights alone: from the first bad gradient on, until `check_finite` raises.
         norms = torch.stack([record.losses["grad_norm"] for record in state.unchecked])
         state.optimizer.found_inf = (~torch.isfinite(norms)).any().float()  # type: ignore[attr-defined]
-    state.optimizer.step()
-    state.ema.update_parameters(state.model)
-    state.global_step += 1
+    state.update()
     return losses
 
 
@@ -66,12 +66,15 @@ def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Dist
     """Adds the gradients of a batch's parts, which workers exchange once, with the last of them."""
     num_images = sum(len(part.samples) for part in parts)
     means: dict[str, Tensor] = {}
+    no_sync = getattr(state.parallel, "no_sync", None)
     for number, part in enumerate(parts, 1):
-        alone = getattr(state.parallel, "no_sync", contextlib.nullcontext)
-        with contextlib.nullcontext() if number == len(parts) else alone():
+        is_exchanged = no_sync is None or number == len(parts)
+        with no_sync() if no_sync and not is_exchanged else contextlib.nullcontext():
             losses = compute_losses(state, part, recipe, lpips)
             weight = len(part.samples) / num_images
             (losses["loss"] * (weight * part.share)).backward()
+        if is_exchanged:
+            state.collect_gradients()
         for name, value in losses.items():
             term = weight * value.detach()
             means[name] = means[name] + term if name in means else term
@@ -86,8 +89,9 @@ def check_finite(state: TrainState) -> None:
             that are to blame, and this worker's samples; the weights are still those before that step.
     """
     records, state.unchecked = state.unchecked, []
-    for record in records:
-        if torch.isfinite(record.losses["grad_norm"]):
+    norms = torch.stack([record.losses["grad_norm"] for record in records]).tolist() if records else []
+    for record, norm in zip(records, norms, strict=True):
+        if math.isfinite(norm):
             continue
         shown = ", ".join(f"{name} {value.item():.4g}" for name, value in record.losses.items())
         terms = [name for name, value in record.losses.items() if not torch.isfinite(value)]

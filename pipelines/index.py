@@ -210,7 +210,8 @@ def _mark_scales(table: pa.Table) -> pa.Table:
 
 def _with(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
     for name, column in (("status", status), ("detail", detail)):
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(column, pa.string()))
+        values = pa.array(column, pa.large_string())
+        table = table.set_column(table.schema.get_field_index(name), name, values)
     return table
 
 

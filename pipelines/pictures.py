@@ -53,7 +53,8 @@ def find_pictures(uri: str) -> Pictures:
     if refs[0].path == path:  # the URI of a single picture
         folder = folder.removesuffix(refs[0].key)
     version = _hash([f"{ref.key} {ref.size}" for ref in refs])
-    return Pictures(uri, pa.array([ref.key for ref in refs]), folder.rstrip("/"), version)
+    keys = pa.array([ref.key for ref in refs], pa.large_string())
+    return Pictures(uri, keys, folder.rstrip("/"), version)
 
 
 def _read_index(uri: str) -> Pictures:
@@ -70,8 +71,9 @@ def _read_index(uri: str) -> Pictures:
         ) from error
     file = read_bytes(file_system, f"{root}/index-{summary['version']}.parquet")
     names = ["key", "lq_key"] if summary["lq_uri"] else ["key"]
-    table = pq.read_table(pa.BufferReader(file), columns=names).combine_chunks()
-    columns = [table[name].chunk(0) for name in names]
+    table = pq.read_table(pa.BufferReader(file), columns=names)
+    # 32-bit offsets end at 2 GiB of text, and what exceeds them stays in further chunks.
+    columns = [table[name].cast(pa.large_string()).combine_chunks() for name in names]
     return Pictures(
         uri,
         columns[0],

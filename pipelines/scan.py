@@ -26,21 +26,22 @@ SCALES = (2, 3, 4)
 """HR/LQ ratios that a network may have."""
 SCHEMA = pa.schema(
     {
-        "key": pa.string(),
+        "key": pa.large_string(),
         "size": pa.int64(),
-        "etag": pa.string(),
+        "etag": pa.large_string(),
         "width": pa.int32(),
         "height": pa.int32(),
-        "format": pa.string(),
-        "sha256": pa.string(),
-        "lq_key": pa.string(),
-        "lq_sha256": pa.string(),
+        "format": pa.large_string(),
+        "sha256": pa.large_string(),
+        "lq_key": pa.large_string(),
+        "lq_sha256": pa.large_string(),
         "scale": pa.int32(),
-        "status": pa.string(),
-        "detail": pa.string(),
+        "status": pa.large_string(),
+        "detail": pa.large_string(),
     }
 )
-"""Of a part. `status` is "ok" or the reason of the quarantine, `detail` its message."""
+"""Of a part; large, because 32-bit offsets end at 2 GiB of text. `status` is "ok" or the reason of the
+quarantine, `detail` its message."""
 
 _CHUNK_KEYS = 256
 """Keys of a chunk, on average."""

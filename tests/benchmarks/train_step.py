@@ -22,8 +22,8 @@ from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
 from ctmsr.train_step import Batch, train_step
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
 
 from .plain import PlainTraining, count_flops
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.pictures import SUMMARY_FILE, find_pictures
+from pipelines.data.pictures import SUMMARY_FILE, find_pictures
 
 LENGTH = 1_000
 """Bytes of a key."""

@@ -16,7 +16,7 @@ import argparse
 import os
 from pathlib import Path
 
-from pipelines.command import run
+from pipelines.infra.exit_status import run
 
 from .local_nodes import Cluster, client_env, down, load, log_path, nodes, processes, up
 

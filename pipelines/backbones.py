@@ -159,6 +159,6 @@ def _check_sha256(name: str, content: bytes, expected: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.command import run
+    from pipelines.infra.exit_status import run
 
     run(main)

@@ -9,10 +9,10 @@ from ctmsr.errors import CheckpointError, ConfigError
 from ctmsr.network import ConsistencyModel
 from ctmsr.published import read_pth, write_pth
 
-from .checkpoints import fetched
-from .cli import config_parser, print_config, resolve
-from .command import run
-from .config import RunConfig
+from .config.command_line import config_parser, print_config, resolve
+from .config.run_config import RunConfig
+from .infra.checkpoints import fetched
+from .infra.exit_status import run
 
 EXAMPLES = """\
   the published x4 model becomes a checkpoint, which evaluate and register take:

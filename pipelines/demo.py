@@ -24,20 +24,22 @@ from ctmsr.config import from_dict, override, to_dict
 from ctmsr.degradation import degrade
 from ctmsr.image import center_crop, decode, encode_png
 from ctmsr.rng import sample_rng
+from ctmsr.scoring import side_by_side, table
 
-from .checkpoints import fetched
-from .cluster import ray_cluster
-from .command import run
-from .config import RunConfig
-from .evaluate import evaluate, find_held_out, side_by_side, table, write_report
-from .exam import find_exam
-from .gate import CHAMPION
-from .presets import PRESETS
-from .progress import progress_line
-from .register import register
-from .search_space import check_space
-from .train import check_inputs, train
-from .tune import search
+from .config.presets import PRESETS
+from .config.run_config import RunConfig
+from .data.held_out import find_held_out
+from .evaluate.run import evaluate, write_report
+from .infra.checkpoints import fetched
+from .infra.cluster import ray_cluster
+from .infra.exit_status import run
+from .infra.progress import progress_line
+from .register.comparison import find_comparison
+from .register.promotion import CHAMPION
+from .register.run import register
+from .train.run import check_inputs, train
+from .tune.run import search
+from .tune.space import check_space
 
 BUCKET = "ctmsr-demo"
 PHOTOS = {  # motorcycle_left and _right show one scene, so they stay together
@@ -118,7 +120,7 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
                 metrics=evaluation.means,
                 tags={"data.test_uri": config.data.test_uri},
                 rule=config.register,
-                exam=find_exam(config),
+                comparison=find_comparison(config),
             )
 
     announce("upscale", "a new process pulls the champion from MLflow")

@@ -115,7 +115,7 @@ def _ceph() -> Iterator[tuple[str, str, str]]:
 def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
     """A new folder in either kind of storage, filled with files by key."""
 
-    from pipelines.storage import write_bytes
+    from pipelines.infra.storage import write_bytes
 
     def fill(files: Mapping[str, bytes]) -> str:
         root = str(tmp_path / "data") if request.param == "local" else s3.make_bucket(f"b{time.time_ns()}")

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from mlflow import MlflowClient
 
-from pipelines.checkpoints import find
+from pipelines.infra.checkpoints import find
 
 from .drill_run import KINDS, RECOVERY_S, DrillError, Fault, FaultedRun
 from .drill_verify import lost_steps, other_state, unreadable

@@ -7,8 +7,8 @@ import torch
 
 from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, DataError
-from pipelines.checkpoints import Stored, fetched, newest
-from pipelines.storage import list_sizes
+from pipelines.infra.checkpoints import Stored, fetched, newest
+from pipelines.infra.storage import list_sizes
 
 from .training_command import Point
 

@@ -21,9 +21,9 @@ from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.inference import upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
-from pipelines.evaluate import Evaluation
-from pipelines.gate import Decision
-from pipelines.register import register
+from ctmsr.scoring import Evaluation
+from pipelines.register.promotion import Decision
+from pipelines.register.run import register
 
 TINY = NetworkConfig(
     lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
@@ -72,13 +72,13 @@ def by_checkpoint(folder: Path, seed: int = 0) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class StatedExam:
+class StatedComparison:
     """Takes a registered model at the word of its checkpoint: a gate in a moment, without Ray."""
 
     set_version: str = "a"
     protocol: str = "as stated"
 
-    def take(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:
+    def score(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:
         return [Evaluation([_stated(tracking_uri, source)], PICTURES[0]) for source in sources]
 
 
@@ -98,7 +98,7 @@ def register_stated(tracking_uri: str, folder: Path, name: str = "toy", set_vers
         run_id=None,
         metrics={},
         tags={"checkpoint": str(folder)},
-        exam=StatedExam(set_version),
+        comparison=StatedComparison(set_version),
     )
 
 

@@ -17,8 +17,8 @@ from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
 from ctmsr.train_step import train_step
-from pipelines.checkpoints import CheckpointWriter
-from pipelines.presets import small
+from pipelines.config.presets import small
+from pipelines.infra.checkpoints import CheckpointWriter
 
 from .train_rate import batches
 

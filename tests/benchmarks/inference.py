@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ctmsr.network import ConsistencyModel
-from pipelines.presets import PRESETS
+from pipelines.config.presets import PRESETS
 
 from .plain import count_flops, plain_network
 from .train_step import PEAK_TFLOPS, synchronize

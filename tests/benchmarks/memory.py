@@ -24,10 +24,10 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ctmsr.degradation_config import DegradationConfig
-from pipelines.batches import make_batch
-from pipelines.cluster import ray_cluster
-from pipelines.data import StreamConfig, train_stream
-from pipelines.pictures import find_pictures
+from pipelines.data.batches import make_batch
+from pipelines.data.pictures import find_pictures
+from pipelines.data.stream import StreamConfig, train_stream
+from pipelines.infra.cluster import ray_cluster
 
 from .store import bucket
 

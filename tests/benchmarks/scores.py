@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 
 from ctmsr.degradation import DegradationConfig, degrade
 from ctmsr.dists import dists, load_dists
@@ -19,6 +18,7 @@ from ctmsr.network import ConsistencyModel
 from ctmsr.niqe import niqe
 from ctmsr.perceptual import load_lpips
 from ctmsr.rng import sample_rng
+from ctmsr.scoring import bicubic
 
 COLUMNS = ("lpips", "lpips_vgg", "dists", "psnr_y", "ssim_y", "niqe", "colour_error")
 """`lpips` is LPIPS-alex, as the field reports it; `colour_error` is in levels of 255."""
@@ -83,26 +83,11 @@ class Scorer:
 
     def bicubic(self) -> list[np.ndarray]:
         """What a viewer would show without a network."""
-        return [enlarged(pair.lq_u8, pair.hr_u8.shape[0]) for pair in self.pairs]
+        return [bicubic(pair.lq_u8, len(pair.hr_u8) // len(pair.lq_u8)) for pair in self.pairs]
 
     def close(self) -> None:
         """Ends the processes."""
         self._pool.shutdown()
-
-
-def enlarged(lq_u8: np.ndarray, side: int) -> np.ndarray:
-    """Bicubic, of a square picture."""
-    return np.asarray(Image.fromarray(lq_u8).resize((side, side), Image.Resampling.BICUBIC))
-
-
-def sheet(rows: Sequence[Sequence[np.ndarray]], side: int) -> Image.Image:
-    """Pictures side by side, each `side` pixels wide: the LR one enlarged without smoothing."""
-    canvas = Image.new("RGB", (side * len(rows[0]), side * len(rows)))
-    for y, row in enumerate(rows):
-        for x, picture_u8 in enumerate(row):
-            picture = Image.fromarray(picture_u8).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(picture, (x * side, y * side))
-    return canvas
 
 
 def _alone() -> None:

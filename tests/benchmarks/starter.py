@@ -13,7 +13,7 @@ import torch
 from ctmsr.losses import LossConfig
 from ctmsr.network import ConsistencyModel, NetworkConfig
 from ctmsr.train_state import OptimConfig
-from pipelines.config import RunConfig, TrainConfig
+from pipelines.config.run_config import RunConfig, TrainConfig
 
 from .plain import count_flops
 
@@ -42,7 +42,7 @@ CANDIDATES: dict[str, NetworkConfig] = {
     "even": network((1, 2, 2), 2),
     "attentive": network((1, 2), 2, embed_dim=64),
     "four-levels": network((1, 1, 2, 4), 1, lq_size=64),
-    "tiny": replace(network((1, 2), 1, lq_size=16)),  # for trials of the programs, not of the method
+    "tiny": replace(network((1,), 1, width=16, lq_size=16), window_size=4),  # to try the programs with
 }
 
 

@@ -26,9 +26,9 @@ from ctmsr.degradation import degrade
 from ctmsr.degradation_config import DegradationConfig
 from ctmsr.image import decode, random_crop
 from ctmsr.rng import sample_rng
-from pipelines.data import train_stream
-from pipelines.pictures import Pictures, find_pictures
-from pipelines.storage import open_uri, read_bytes
+from pipelines.data.pictures import Pictures, find_pictures
+from pipelines.data.stream import train_stream
+from pipelines.infra.storage import open_uri, read_bytes
 
 from .store import bucket
 

@@ -19,7 +19,7 @@ from ctmsr import checkpoint
 from ctmsr.config import from_dict
 from ctmsr.inference import InferenceConfig, tile_spans, upscale
 from ctmsr.network import ConsistencyModel
-from pipelines.presets import PRESETS
+from pipelines.config.presets import PRESETS
 
 CUTS = ((256, 64), (192, 64), (320, 96))
 """Tile and overlap, in LQ pixels."""

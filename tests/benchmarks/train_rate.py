@@ -38,9 +38,9 @@ from ctmsr.objective import Batch
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
 from ctmsr.train_step import train_step
-from pipelines.cluster import ray_cluster
-from pipelines.config import RunConfig
-from pipelines.presets import small
+from pipelines.config.presets import small
+from pipelines.config.run_config import RunConfig
+from pipelines.infra.cluster import ray_cluster
 
 from .degradation import crops
 

@@ -23,8 +23,8 @@ from ctmsr.objective import Batch
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
 from ctmsr.train_step import train_step
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
 
 from .plain import PlainTraining, count_flops
 

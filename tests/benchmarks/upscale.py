@@ -26,13 +26,14 @@ from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.image import decode
 from ctmsr.network import ConsistencyModel
-from pipelines.cluster import ray_cluster
-from pipelines.presets import PRESETS
-from pipelines.register import register
-from pipelines.tracking import preflight
-from pipelines.upscale import find_pictures
-from pipelines.upscale_many import upscale_many
-from pipelines.upscaler import Making, Version, encode, find_version
+from pipelines.config.presets import PRESETS
+from pipelines.infra.cluster import ray_cluster
+from pipelines.register.run import register
+from pipelines.tracking.models import Version, find_version
+from pipelines.tracking.runs import preflight
+from pipelines.upscale.on_ray import upscale_many
+from pipelines.upscale.run import find_pictures
+from pipelines.upscale.upscaler import Making, encode
 
 from .store import photo
 

@@ -21,11 +21,11 @@ from ctmsr.config import to_dict
 from ctmsr.image import decode, encode_png
 from ctmsr.inference import upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
-from pipelines.register import register
-from pipelines.serve import serving
-from pipelines.server import Limits
-from pipelines.tracking import preflight
-from pipelines.upscaler import find_version
+from pipelines.register.run import register
+from pipelines.serve.run import serving
+from pipelines.serve.server import Limits
+from pipelines.tracking.models import find_version
+from pipelines.tracking.runs import preflight
 from tests.pipelines.test_serve import free_port
 
 pytestmark = pytest.mark.tier

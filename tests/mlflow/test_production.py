@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.gate import CHAMPION, DECISION, PROMOTED, REFUSED, rollback
-from pipelines.metric_logger import MetricLogger
-from pipelines.registry import load_model
-from pipelines.tracking import connect, ensure_experiment, preflight, tracked_run
+from pipelines.register.promotion import CHAMPION, DECISION, PROMOTED, REFUSED, rollback
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.models import load_model
+from pipelines.tracking.runs import connect, ensure_experiment, preflight, tracked_run
 from tests.conftest import S3
 from tests.postgres import postgres
 from tests.registering import PICTURES, by_checkpoint, register_stated, warm_processes, write_checkpoint

@@ -18,8 +18,8 @@ import pytest
 from mlflow import MlflowClient
 
 from ctmsr.image import decode, encode_png
-from pipelines.checkpoints import find
-from pipelines.storage import list_sizes
+from pipelines.infra.checkpoints import find
+from pipelines.infra.storage import list_sizes
 from tests.child import ROOT, Child
 from tests.conftest import S3
 from tests.local_cluster import LocalCluster, local, local_cluster, shell_env

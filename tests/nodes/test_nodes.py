@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from ctmsr import checkpoint
-from pipelines.checkpoints import Stored, fetched, find, newest
+from pipelines.infra.checkpoints import Stored, fetched, find, newest
 from tests.child import Child
 from tests.conftest import S3
 from tests.ray_nodes import TRAIN_WORKER, RayNodes, linked_namespaces

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoints import Stored, find, newest
+from pipelines.infra.checkpoints import Stored, find, newest
 from tests.conftest import S3
 from tests.ray_nodes import TRAIN_WORKER, RayNodes
 from tests.training_command import NUM_CPUS, start_training

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctmsr.errors import TrackingError
-from pipelines.gate import (
+from pipelines.register.promotion import (
     CHALLENGER,
     CHAMPION,
     DECISION,
@@ -21,9 +21,9 @@ from pipelines.gate import (
     rollback,
     settle,
 )
-from pipelines.register import register
-from pipelines.registry import load_model
-from pipelines.tracking import connect, preflight
+from pipelines.register.run import register
+from pipelines.tracking.models import load_model
+from pipelines.tracking.runs import connect, preflight
 from tests.registering import (
     PICTURES,
     by_checkpoint,

@@ -13,8 +13,8 @@ from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, StoreError
 from ctmsr.train_state import TrainState, build_state, state_tensors
-from pipelines.checkpoints import CheckpointWriter, Stored, fetched, find, newest
-from pipelines.storage import list_sizes, open_uri, write_bytes
+from pipelines.infra.checkpoints import CheckpointWriter, Stored, fetched, find, newest
+from pipelines.infra.storage import list_sizes, open_uri, write_bytes
 from tests.conftest import Store
 from tests.tiny import NETWORK, OPTIM, filled_model
 

@@ -15,11 +15,14 @@ import torch
 from ctmsr import checkpoint
 from ctmsr.config import flatten, from_dict, override, to_dict
 from ctmsr.network import ConsistencyModel
-from pipelines import evaluate, register, train, tune
-from pipelines.command import run
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
-from pipelines.train import check_inputs
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
+from pipelines.evaluate import __main__ as evaluate
+from pipelines.infra.exit_status import run
+from pipelines.register import __main__ as register
+from pipelines.train import __main__ as train
+from pipelines.train.run import check_inputs
+from pipelines.tune import __main__ as tune
 from tests.conftest import S3
 
 COMMANDS = (train, tune, evaluate, register)

@@ -11,9 +11,9 @@ import ray.data
 from ctmsr.degradation import DegradationConfig
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, encode_png
-from pipelines import sample_schedule
-from pipelines.data import check_images, train_stream, val_samples
-from pipelines.pictures import Pictures, find_pictures
+from pipelines.data import sample_order
+from pipelines.data.pictures import Pictures, find_pictures
+from pipelines.data.stream import check_images, train_stream, val_samples
 from tests.conftest import S3
 
 BATCH = 8
@@ -93,8 +93,8 @@ def test_a_stream_resumes_at_any_step_and_goes_on_over_iterations(
     pictures: Pictures,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sample_schedule, "_MIN_BLOCK_ROWS", 5 * BATCH)
-    monkeypatch.setattr(sample_schedule, "_ROUND_BLOCKS", 1)  # five steps an iteration
+    monkeypatch.setattr(sample_order, "_MIN_BLOCK_ROWS", 5 * BATCH)
+    monkeypatch.setattr(sample_order, "_ROUND_BLOCKS", 1)  # five steps an iteration
     resumed = stream(pictures, skip=5 * BATCH)
     parts = [batches(resumed) for _ in range(3)]
     assert [len(part) for part in parts] == [5, 2, 0]

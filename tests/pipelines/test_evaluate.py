@@ -15,9 +15,11 @@ from ctmsr.image import decode, encode_png
 from ctmsr.metrics import psnr_y
 from ctmsr.network import ConsistencyModel
 from ctmsr.niqe import niqe
-from pipelines import evaluate as evaluate_module
-from pipelines.config import RunConfig
-from pipelines.evaluate import bicubic, evaluate, find_held_out, table
+from ctmsr.scoring import bicubic, table
+from pipelines.config.run_config import RunConfig
+from pipelines.data.held_out import find_held_out
+from pipelines.evaluate.__main__ import main
+from pipelines.evaluate.run import evaluate
 from tests.pipelines.test_train import run_config
 
 
@@ -61,7 +63,7 @@ def test_evaluate_takes_pairs_of_whole_pictures(
     places = [f"data.test_uri={tmp_path}/hr", f"data.test_lq_uri={tmp_path}/lr", "data.eval_crop_border=4"]
     options = [*untrained.options, *(part for place in places for part in ("--set", place))]
     options += ["--set", f"storage_uri={tmp_path}", "--checkpoint", untrained.checkpoint_uri]
-    assert evaluate_module.main(options) == 0
+    assert main(options) == 0
     printed = capsys.readouterr().out
     assert f"protocol: whole pictures of {tmp_path}/lr against {tmp_path}/hr; PSNR, SSIM and NIQE" in printed
     with (tmp_path / "first/evaluation/scores.csv").open(newline="") as file:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ctmsr.degradation import DegradationConfig
 from ctmsr.image import encode_png
-from pipelines.data import Rows, _Maker, _train_rows
-from pipelines.pictures import Pictures, find_pictures
-from pipelines.sample_schedule import SampleSchedule, rows_per_worker
+from pipelines.data.pictures import Pictures, find_pictures
+from pipelines.data.sample_order import SampleOrder, rows_per_worker
+from pipelines.data.stream import Rows, _Maker, _train_rows
 
 NUM_PICTURES = 7
 
@@ -31,7 +31,7 @@ def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: i
     steps: list[list[str]] = []
     total = batch * sum(num_steps for num_steps, _ in runs)
     for num_steps, num_workers in runs:
-        schedule = SampleSchedule(pictures, seed, batch * len(steps), total, batch, num_workers)
+        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers)
         part = rows_per_worker(batch, num_workers)
         lines: list[list[tuple[int, str]]] = [[] for _ in range(num_workers)]
         execution = 0
@@ -96,7 +96,7 @@ def test_a_sample_is_the_same_bytes_in_any_block(folder: Path, data: st.DataObje
 
 def make(pictures: Pictures, samples: list[int]) -> dict[int, tuple[str, bytes, bytes]]:
     """Key, hr and lq by sample number, made in one task."""
-    (block,) = SampleSchedule(pictures, 3, 0, 0, 1, 1)._task(np.array(samples)).read_fn()
+    (block,) = SampleOrder(pictures, 3, 0, 0, 1, 1)._task(np.array(samples)).read_fn()
     rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
     maker = _Maker(pictures.folder, "", 32, 4, DegradationConfig(), 3, False)
     made = _train_rows(rows, maker=maker)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ctmsr.errors import DataError
-from pipelines.storage import list_images, open_uri, read_bytes, write_bytes
+from pipelines.infra.listing import list_images
+from pipelines.infra.storage import open_uri, read_bytes, write_bytes
 from tests.conftest import S3
 from tests.fault_proxy import FaultProxy, fault_proxy
 from tests.malformed import good

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctmsr.errors import ConfigError
-from pipelines.config import RegisterConfig
-from pipelines.gate import (
+from pipelines.config.run_config import RegisterConfig
+from pipelines.register.promotion import (
     CHALLENGER,
     CHAMPION,
     DECISION,

@@ -12,9 +12,9 @@ import pytest
 
 from ctmsr.errors import DataError, UserError
 from ctmsr.image import encode_png
-from pipelines import index
-from pipelines.pictures import find_pictures
-from pipelines.storage import write_bytes
+from pipelines.data.pictures import find_pictures
+from pipelines.index.__main__ import main as index
+from pipelines.infra.storage import write_bytes
 from tests.conftest import S3
 from tests.malformed import Corpus, bad, good
 
@@ -36,7 +36,7 @@ def quarantine(out: Path) -> dict[str, str]:
 
 def check_corpus(folder: Path, corpus: Corpus) -> None:
     fill(str(folder), corpus)
-    assert index.main([str(folder)]) == 0
+    assert index([str(folder)]) == 0
     found = quarantine(Path(f"{folder}.index"))
     wrong = {
         key: found.get(key, "ok")
@@ -72,10 +72,10 @@ def test_five_hundred_bad_among_five_hundred_good(tmp_path: Path) -> None:
 def test_a_scan_goes_on_where_it_stopped_and_sees_what_is_new(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.scan._CHUNK_KEYS", 3)
+    monkeypatch.setattr("pipelines.index.scan._CHUNK_KEYS", 3)
     corpus, folder = good(24, seed=4), tmp_path / "photos"
     fill(str(folder), corpus)
-    assert index.main([str(folder)]) == 0
+    assert index([str(folder)]) == 0
     before = find_pictures(f"{folder}.index")
     parts = sorted(Path(f"{folder}.index/parts").iterdir())
     assert len(parts) > 2
@@ -85,17 +85,17 @@ def test_a_scan_goes_on_where_it_stopped_and_sees_what_is_new(
     Path(f"{folder}.index/summary.json").unlink()
     with pytest.raises(DataError, match=r"photos\.index is no index, or an unfinished one.*pipelines\.index"):
         find_pictures(f"{folder}.index")
-    assert index.main([str(folder)]) == 0
+    assert index([str(folder)]) == 0
     said = capsys.readouterr().out
     assert "scanned 24 pictures" not in said
     assert "known from before" in said
     assert find_pictures(f"{folder}.index").version == before.version
 
-    assert index.main([str(folder)]) == 0
+    assert index([str(folder)]) == 0
     assert "scanned 0 pictures" in capsys.readouterr().out
     (new,) = good(1, seed=5).values()
     write_bytes(f"{folder}/good/zzz.jpg", new[0])
-    assert index.main([str(folder)]) == 0
+    assert index([str(folder)]) == 0
     assert "scanned 24 pictures" not in capsys.readouterr().out
     grown = find_pictures(f"{folder}.index")
     assert len(grown) == len(before) + 1
@@ -109,8 +109,8 @@ def test_a_bucket_gives_the_index_of_a_folder_and_trains_as_one(
     fill(str(tmp_path / "photos"), corpus)
     bucket = s3.make_bucket("indexed", {f"photos/{key}": data for key, (data, _) in corpus.items()})
     s3.client.put_object(Bucket="indexed", Key="photos/notes.txt", Body=b"1")
-    assert index.main([str(tmp_path / "photos")]) == 0
-    assert index.main([f"{bucket}/photos"]) == 0
+    assert index([str(tmp_path / "photos")]) == 0
+    assert index([f"{bucket}/photos"]) == 0
     printed = capsys.readouterr().out
     assert "8 pictures indexed, 3 quarantined, 1 other files" in printed
     assert "next: python -m pipelines.train --set data.train_uri=s3://indexed/photos.index" in printed
@@ -123,7 +123,7 @@ def test_a_bucket_gives_the_index_of_a_folder_and_trains_as_one(
 def test_the_same_bytes_count_once(tmp_path: Path) -> None:
     (data, _), (other, _) = good(2, seed=8).values()
     fill(str(tmp_path / "photos"), {"b.jpg": (data, set()), "a.jpg": (data, set()), "c.jpg": (other, set())})
-    assert index.main([str(tmp_path / "photos")]) == 0
+    assert index([str(tmp_path / "photos")]) == 0
     assert quarantine(tmp_path / "photos.index") == {"b.jpg": "duplicate"}
 
 
@@ -138,7 +138,7 @@ def test_pairs_are_checked_and_their_scale_is_told(tmp_path: Path, photos: dict[
     (tmp_path / "lr/c.jpg").write_bytes(b"no picture")
     (tmp_path / "lr/d.jpg").unlink()
     out = f"{tmp_path}/pairs.index"
-    assert index.main([f"{tmp_path}/hr", "--lq", f"{tmp_path}/lr", "--out", out]) == 0
+    assert index([f"{tmp_path}/hr", "--lq", f"{tmp_path}/lr", "--out", out]) == 0
     assert quarantine(Path(out)) == {"b.png": "bad-lq", "c.png": "bad-lq", "d.png": "missing-lq"}
     pairs = find_pictures(out)
     assert pairs.lq_keys is not None
@@ -148,16 +148,16 @@ def test_pairs_are_checked_and_their_scale_is_told(tmp_path: Path, photos: dict[
 def test_what_cannot_be_indexed_is_told(s3: S3, tmp_path: Path, photos: dict[str, bytes]) -> None:
     fill(str(tmp_path / "bad"), bad(3, seed=9))
     with pytest.raises(DataError, match=r"none of 3 pictures under .*bad can be used: \{'"):
-        index.main([str(tmp_path / "bad")])
+        index([str(tmp_path / "bad")])
     assert not (tmp_path / "bad.index/summary.json").exists()
     with pytest.raises(UserError, match=r"--out must end in \.index, got"):
-        index.main([str(tmp_path / "bad"), "--out", str(tmp_path / "x")])
+        index([str(tmp_path / "bad"), "--out", str(tmp_path / "x")])
     with pytest.raises(UserError, match="is inside the folder it indexes"):
-        index.main([str(tmp_path / "bad"), "--out", str(tmp_path / "bad/x.index")])
+        index([str(tmp_path / "bad"), "--out", str(tmp_path / "bad/x.index")])
     with pytest.raises(DataError, match="does not exist"):
-        index.main([str(tmp_path / "absent")])
+        index([str(tmp_path / "absent")])
     with pytest.raises(DataError, match="its bucket does not exist"):
-        index.main(["s3://no-such-bucket/photos"])
+        index(["s3://no-such-bucket/photos"])
 
 
 def test_the_corpus_holds_every_reason() -> None:

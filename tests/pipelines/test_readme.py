@@ -20,7 +20,7 @@ from PIL import Image
 from ray.scripts.scripts import cli as ray_cli
 
 from ctmsr.image import decode
-from pipelines.cli import resolve
+from pipelines.config.command_line import resolve
 from tests.child import ROOT, Child
 from tests.markdown import SHELL, Block, blocks, documents
 from tests.ray_nodes import free_port

@@ -19,12 +19,12 @@ import ctmsr.inference
 from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, TrackingError
 from ctmsr.image import decode, encode_png
-from pipelines import register as register_module
-from pipelines.gate import Decision
-from pipelines.register import register
-from pipelines.registry import load_model
-from pipelines.tracking import connect, preflight
-from tests.registering import PICTURES, StatedExam, by_checkpoint, register_stated, write_checkpoint
+from pipelines.register import run as register_module
+from pipelines.register.promotion import Decision
+from pipelines.register.run import register
+from pipelines.tracking.models import load_model
+from pipelines.tracking.runs import connect, preflight
+from tests.registering import PICTURES, StatedComparison, by_checkpoint, register_stated, write_checkpoint
 from tests.servers import Server, mlflow_server
 
 
@@ -40,7 +40,7 @@ class Registry:
             "run_id": None,
             "metrics": {"test_psnr_y": 20.5},
             "tags": {"data": "v1"},
-            "exam": StatedExam(),
+            "comparison": StatedComparison(),
         }
         return register(folder, tracking_uri=self.uri, **arguments | changes)
 

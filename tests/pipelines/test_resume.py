@@ -14,13 +14,13 @@ from ray.util.queue import Empty, Queue
 
 from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, ConfigError, UserError
-from pipelines.checkpoints import fetched, find
-from pipelines.config import RunConfig
+from pipelines.config.run_config import RunConfig
 from pipelines.convert import export_pth, import_pth
-from pipelines.progress import Progress
-from pipelines.storage import list_sizes
-from pipelines.tracking import connect
-from pipelines.train import Outcome, check_inputs, start_over, train
+from pipelines.infra.checkpoints import fetched, find
+from pipelines.infra.progress import Progress
+from pipelines.infra.storage import list_sizes
+from pipelines.tracking.runs import connect
+from pipelines.train.run import Outcome, check_inputs, start_over, train
 from tests.conftest import S3
 from tests.pipelines.test_train import files_of, kill_a_worker, run_config, run_named
 

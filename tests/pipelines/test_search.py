@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import ConfigError
 from ctmsr.image import decode
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
-from pipelines.search_methods import Plan, Ranked, Score, Trial, asha_stops
-from pipelines.search_report import importances, plots, table, verdict
-from pipelines.search_space import (
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
+from pipelines.tune.methods import Plan, Ranked, Score, Trial, asha_stops
+from pipelines.tune.report import importances, plots, table, verdict
+from pipelines.tune.space import (
     check_space,
     is_inside,
     own_point,

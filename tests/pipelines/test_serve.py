@@ -26,11 +26,11 @@ from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
 from ctmsr.inference import upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
-from pipelines.register import register
-from pipelines.serve import serving
-from pipelines.server import PAGE, Limits, Server
-from pipelines.tracking import preflight
-from pipelines.upscaler import Version, find_version
+from pipelines.register.run import register
+from pipelines.serve.run import serving
+from pipelines.serve.server import PAGE, Limits, Server
+from pipelines.tracking.models import Version, find_version
+from pipelines.tracking.runs import preflight
 
 TINY = NetworkConfig(
     lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2

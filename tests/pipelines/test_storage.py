@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 
 from ctmsr.errors import DataError
-from pipelines.storage import (
-    download_folder,
-    list_images,
-    open_uri,
-    read_bytes,
-    write_bytes,
-)
+from pipelines.infra.listing import list_images
+from pipelines.infra.storage import download_folder, open_uri, read_bytes, write_bytes
 from tests.conftest import S3, Store
 
 

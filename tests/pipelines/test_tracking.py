@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from ctmsr.errors import TrackingError
-from pipelines import tracking
-from pipelines.metric_logger import MetricLogger
-from pipelines.tracking import ensure_experiment, find_run, preflight, tracked_run
+from pipelines.tracking import runs as tracking
+from pipelines.tracking.metric_logger import MetricLogger
+from pipelines.tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_relative_path_is_made_absolute_for_the_workers(uri: str, monkeypatch:
 
 def test_drivers_that_start_together_share_a_new_database(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    code = f"from pipelines.tracking import *; print(ensure_experiment(preflight({uri!r}), 'toy'))"
+    code = f"from pipelines.tracking.runs import *; print(ensure_experiment(preflight({uri!r}), 'toy'))"
     drivers = [
         subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) for _ in range(4)
     ]
@@ -241,7 +241,7 @@ def test_a_run_goes_on_under_its_id(uri: str, experiment_id: str, client: Mlflow
 
 def test_a_server_that_hangs_does_not_hold_up_the_end_of_the_program(silent_server: str) -> None:
     code = (
-        "from pipelines.metric_logger import MetricLogger\n"
+        "from pipelines.tracking.metric_logger import MetricLogger\n"
         f"log = MetricLogger({silent_server!r}, '0' * 32)\n"
         "log.log({'loss': 1.0}, 0)\n"
         "log.close(timeout_s=0.1)\n"

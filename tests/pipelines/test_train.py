@@ -22,22 +22,19 @@ from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
 from ctmsr.inference import upscale
-from pipelines import evaluate as evaluate_module
-from pipelines import register as register_module
-from pipelines import upscale as upscale_module
-from pipelines.checkpoints import fetched, find, newest
-from pipelines.config import RunConfig
-from pipelines.evaluate import (
-    HeldOut,
-    evaluate,
-    find_held_out,
-)
-from pipelines.pictures import find_pictures
-from pipelines.presets import PRESETS
-from pipelines.progress import progress_line
-from pipelines.register import load_model
-from pipelines.tracking import connect
-from pipelines.train import Inputs, Outcome, check_inputs, train
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
+from pipelines.data.held_out import HeldOut, find_held_out
+from pipelines.data.pictures import find_pictures
+from pipelines.evaluate.__main__ import main as evaluate_main
+from pipelines.evaluate.run import evaluate
+from pipelines.infra.checkpoints import fetched, find, newest
+from pipelines.infra.progress import progress_line
+from pipelines.register.__main__ import load_model
+from pipelines.register.__main__ import main as register_main
+from pipelines.tracking.runs import connect
+from pipelines.train.run import Inputs, Outcome, check_inputs, train
+from pipelines.upscale.__main__ import main as upscale_main
 from tests.conftest import S3
 
 TOTAL_STEPS = 12
@@ -175,7 +172,7 @@ def test_a_finished_run_started_again_ends_at_once(trained: Trained) -> None:
 
 
 def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_module.main(trained.options) == 0
+    assert evaluate_main(trained.options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["PSNR-Y", "bicubic", "ours", "protocol:", "written:"]
     # the held-out pictures are those of data.val_uri here, so the scores are the run's own
@@ -193,12 +190,12 @@ def test_other_scales_train_evaluate_and_upscale(
     config = run_config(bucket, tmp_path, *settings)
     run_to_end(config)
     options = ["--config", f"{config.run_uri}/config.json"]
-    assert evaluate_module.main(options) == 0
-    assert register_module.main(options) == 0
+    assert evaluate_main(options) == 0
+    assert register_main(options) == 0
     picture = tmp_path / "photo.png"
     picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)))
     registry = ["--model", f"models:/{name}@champion", "--tracking-uri", config.tracking_uri]
-    assert upscale_module.main([str(picture), "--output", str(tmp_path), *registry]) == 0
+    assert upscale_main([str(picture), "--output", str(tmp_path), *registry]) == 0
     capsys.readouterr()
     sr_u8 = decode((tmp_path / f"photo_x{scale}.png").read_bytes(), name="photo")
     assert sr_u8.shape == (20 * scale, 31 * scale, 3)
@@ -208,7 +205,7 @@ def test_other_scales_train_evaluate_and_upscale(
 def test_register_releases_the_bytes_of_the_checkpoint(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert register_module.main(trained.options) == 0
+    assert register_main(trained.options) == 0
     assert f"@champion is version 1, from {trained.outcome.checkpoint_uri}" in capsys.readouterr().out
     released = load_model(trained.config.tracking_uri, f"models:/{trained.config.model_name}@champion")
     lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)

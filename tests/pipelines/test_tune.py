@@ -17,14 +17,14 @@ from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import ConfigError
 from ctmsr.image import decode
-from pipelines.checkpoints import complete, fetched, find
-from pipelines.cli import config_parser, resolve
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
-from pipelines.progress import progress_line
-from pipelines.storage import delete_folder, list_sizes, open_uri, read_bytes, write_bytes
-from pipelines.tracking import connect
-from pipelines.tune import Search, check_search, search
+from pipelines.config.command_line import config_parser, resolve
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
+from pipelines.infra.checkpoints import complete, fetched, find
+from pipelines.infra.progress import progress_line
+from pipelines.infra.storage import delete_folder, list_sizes, open_uri, read_bytes, write_bytes
+from pipelines.tracking.runs import connect
+from pipelines.tune.run import Search, check_search, search
 from tests.conftest import S3
 from tests.pipelines.test_demo import wait_until_gone
 

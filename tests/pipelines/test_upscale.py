@@ -20,10 +20,10 @@ from ctmsr.errors import DataError, TrackingError
 from ctmsr.image import decode, encode_png
 from ctmsr.inference import upscale
 from ctmsr.network import ConsistencyModel, NetworkConfig
-from pipelines.register import register
-from pipelines.storage import list_sizes, open_uri, read_bytes, write_bytes
-from pipelines.tracking import preflight
-from pipelines.upscale import main
+from pipelines.infra.storage import list_sizes, open_uri, read_bytes, write_bytes
+from pipelines.register.run import register
+from pipelines.tracking.runs import preflight
+from pipelines.upscale.__main__ import main
 from tests.benchmarks.store import photo
 from tests.conftest import Store
 

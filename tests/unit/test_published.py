@@ -14,7 +14,7 @@ from ctmsr.errors import CheckpointError, ConfigError
 from ctmsr.network import ConsistencyModel, NetworkConfig
 from ctmsr.published import KEYS, read_pth, write_pth
 from pipelines import convert
-from pipelines.config import RunConfig
+from pipelines.config.run_config import RunConfig
 
 from ..tiny import NETWORK
 

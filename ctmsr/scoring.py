@@ -1,0 +1,152 @@
+"""Scores of upscaled pictures beside those of bicubic, and what they look like.
+
+One way to score serves all: the evaluation of a checkpoint, the validation during training and the comparison
+of a registered model with the champion. A new metric is a function and its line in `METRICS`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from .image import to_tensor, to_u8, upsample
+from .metrics import lpips_alex, psnr_y, ssim_y
+from .niqe import MIN_SIDE_PX, niqe
+from .perceptual import Lpips
+
+MAX_GRID_ROWS = 8
+GRID_PX = 256
+"""Largest side of a picture in the grid: the middle of larger ones is shown."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An upscaled picture and what it is compared with."""
+
+    sr_u8: np.ndarray
+    hr_u8: Any
+    """uint8 HWC; None where there is no reference."""
+    lpips: Lpips
+    """LPIPS-alex."""
+    crop_border: int
+    """Pixels cut from every side for PSNR, SSIM and NIQE."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of a table of scores."""
+
+    title: str
+    compute: Callable[[Pair], float | None]
+    """The score; None where a pair is too small to have one."""
+    rises: bool
+    """Whether more is better."""
+    digits: int = 4
+    needs_reference: bool = True
+
+
+def _niqe(pair: Pair) -> float | None:
+    large_enough = min(pair.sr_u8.shape[:2]) >= MIN_SIDE_PX + 2 * pair.crop_border
+    return niqe(pair.sr_u8, crop_border=pair.crop_border) if large_enough else None
+
+
+METRICS = {
+    "psnr_y": Metric(
+        "PSNR-Y dB", lambda p: psnr_y(p.sr_u8, p.hr_u8, crop_border=p.crop_border), rises=True, digits=2
+    ),
+    "ssim_y": Metric("SSIM-Y", lambda p: ssim_y(p.sr_u8, p.hr_u8, crop_border=p.crop_border), rises=True),
+    "lpips": Metric("LPIPS", lambda p: lpips_alex(p.sr_u8, p.hr_u8, p.lpips), rises=False),
+    "niqe": Metric("NIQE", _niqe, rises=False, needs_reference=False),
+}
+"""Every metric of an evaluation, by the name of its score."""
+REFERENCE_METRICS = ("psnr_y", "ssim_y", "lpips")
+"""Those that compare with the HR picture: what training and the comparison with the champion report."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of ours and of bicubic on each picture, and what they look like."""
+
+    rows: list[dict[str, Any]]
+    """A picture a row: key; its scores by name; the same of bicubic as bicubic_*."""
+    grid_u8: np.ndarray
+    """LR | bicubic | ours | HR, a picture a row, uint8 HWC."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of every score over the pictures that have it."""
+        names = {name: None for row in self.rows for name in row if name != "key"}  # in order
+        return {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in names}
+
+
+def score(
+    upscale: Callable[[np.ndarray], np.ndarray],
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    scale: int,
+    lpips: Lpips,
+    crop_border: int = 0,
+    metrics: Sequence[str] = REFERENCE_METRICS,
+) -> Evaluation:
+    """Upscales every row's "lq" and compares the result with its "hr".
+
+    Args:
+        upscale: uint8 (h, w, 3) to uint8 (scale·h, scale·w, 3).
+        rows: With "key", "hr" and "lq" (uint8 HWC); "hr" is None where there is no reference.
+        scale: HR/LQ ratio.
+        lpips: LPIPS-alex, on any device.
+        crop_border: Pixels cut from every side for PSNR, SSIM and NIQE.
+        metrics: Names in `METRICS`; a picture has those that can be computed of it.
+    """
+    table: list[dict[str, Any]] = []
+    pictures: list[np.ndarray] = []
+    for row in rows:
+        hr_u8, lq_u8 = row["hr"], row["lq"]
+        images = {"": upscale(lq_u8), "bicubic_": bicubic(lq_u8, scale)}
+        scores: dict[str, Any] = {"key": str(row["key"])}
+        for prefix, sr_u8 in images.items():
+            pair = Pair(sr_u8, hr_u8, lpips, crop_border)
+            for name in metrics:
+                metric = METRICS[name]
+                if hr_u8 is None and metric.needs_reference:
+                    continue
+                if (value := metric.compute(pair)) is not None:
+                    scores[prefix + name] = value
+        table.append(scores)
+        if len(pictures) < MAX_GRID_ROWS:
+            pictures.append(side_by_side(hr_u8, lq_u8, images[""]))
+    return Evaluation(table, stack(pictures))
+
+
+def bicubic(lq_u8: np.ndarray, scale: int) -> np.ndarray:
+    """The baseline: uint8 HWC, `scale` times as large."""
+    return to_u8(upsample(to_tensor(lq_u8[None]), scale))[0]
+
+
+def side_by_side(hr_u8: np.ndarray | None, lq_u8: np.ndarray, sr_u8: np.ndarray) -> np.ndarray:
+    """LR | bicubic | ours | HR, if there is one, at HR's size: the middle GRID_PX of each."""
+    height, width = sr_u8.shape[:2]
+    blocky = cv2.resize(lq_u8, (width, height), interpolation=cv2.INTER_NEAREST)
+    panels = [blocky, bicubic(lq_u8, height // len(lq_u8)), sr_u8, *([] if hr_u8 is None else [hr_u8])]
+    top, left = (max(0, side - GRID_PX) // 2 for side in (height, width))
+    return np.hstack([panel[top : top + GRID_PX, left : left + GRID_PX] for panel in panels])
+
+
+def stack(rows_u8: list[np.ndarray]) -> np.ndarray:
+    """Pictures of any width below each other, on black."""
+    width = max(row.shape[1] for row in rows_u8)
+    return np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows_u8])
+
+
+def table(evaluation: Evaluation) -> str:
+    """The mean scores of ours and bicubic as lines of text."""
+    means = evaluation.means
+    shown = {name: metric for name, metric in METRICS.items() if name in means}
+    header = "".join(f"{metric.title:>11}" for metric in shown.values())
+    lines = [f"{'':10}{header}   mean of {len(evaluation.rows)} held-out samples"]
+    for row, prefix in (("bicubic", "bicubic_"), ("ours", "")):
+        scores = "".join(f"{means[prefix + name]:>11.{metric.digits}f}" for name, metric in shown.items())
+        lines.append(f"{row:10}{scores}")
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Whether a command continues the run or search that is there: which settings may differ, and which not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ctmsr.config import flatten
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What may differ between two configs of the same run."""
+
+    free: tuple[str, ...]
+    """Keys, or sections with a dot at the end, that do not change what is computed."""
+    fixed: tuple[str, ...]
+    """Keys of free sections that do."""
+
+    def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        """The settings that make `now` another run, each as "key: old -> new", sorted by key."""
+        old, new = flatten(before), flatten(now)
+        return [
+            f"{key}: {old.get(key)} -> {new.get(key)}"
+            for key in sorted(old | new)
+            if old.get(key) != new.get(key) and (key in self.fixed or not key.startswith(self.free))
+        ]
+
+
+_PLACES = ("storage_uri", "tracking_uri", "experiment", "model_name", "data.", "train.", "register.")
+
+RUN = Identity(
+    free=(*_PLACES, "tune.", "inference."),
+    fixed=("train.global_batch_size", "train.precision"),
+)
+"""Of a training run."""
+
+
+def search_identity(method: str) -> Identity:
+    """Of a search by `method`; more trials continue a search that has ended."""
+    free: Mapping[str, Sequence[str]] = {
+        "asha": ("tune.num_trials", "tune.max_concurrent"),
+        "tpe": ("tune.num_trials",),
+        "pbt": ("tune.max_concurrent",),
+    }
+    return Identity(
+        free=(*_PLACES, *free[method]),
+        fixed=("train.global_batch_size", "train.precision", "data.eval_crop_size", "data.eval_draws"),
+    )

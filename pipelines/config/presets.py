@@ -1,0 +1,112 @@
+"""Named, complete runs. A preset is a function without arguments that returns a RunConfig."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ctmsr.degradation import DegradationConfig
+from ctmsr.inference import InferenceConfig
+from ctmsr.losses import LossConfig
+from ctmsr.network import NetworkConfig
+from ctmsr.schedule import ScheduleConfig
+from ctmsr.train_state import OptimConfig
+
+from .run_config import DataConfig, RunConfig, TrainConfig, TuneConfig
+
+
+def published() -> RunConfig:
+    """The authors' run, in bf16: 171.5 M parameters, 64 -> 256, 4 GPUs x 8 images, 500 000 CT + 2 000 DTM."""
+    return RunConfig()
+
+
+def one_gpu() -> RunConfig:
+    """`published` on one GPU: the same updates, each of 4 portions of 8 images."""
+    return RunConfig(train=TrainConfig(num_workers=1))
+
+
+def node() -> RunConfig:
+    """`published` on a node of 8 GPUs: the same updates, 4 images a GPU."""
+    return RunConfig(train=TrainConfig(num_workers=8))
+
+
+def nodes() -> RunConfig:
+    """`published` on 16 GPUs of some nodes, 2 images a GPU; goes on with as few as 4 while some are gone."""
+    return RunConfig(train=TrainConfig(num_workers=16, min_workers=4))
+
+
+def small() -> RunConfig:
+    """The same method for two CPU cores and minutes: 1.0 M parameters, 32 -> 128, mild degradation."""
+    return RunConfig(
+        data=DataConfig(eval_draws=4),
+        degradation=_mild_degradation(),
+        network=NetworkConfig(
+            lq_size=32,
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            embed_dim=32,
+            num_heads=2,
+            dropout=0.0,
+        ),
+        # Minutes are too short to follow a long trajectory from unit noise: little noise, and 1 step, then 2.
+        schedule=ScheduleConfig(sigma_max=0.015, noise_rho=0.3, res_rho=0.3, s0=1, s1=2),
+        # What a short training does to brightness and contrast costs more than it gains in detail.
+        inference=InferenceConfig(colour_hold_px=1.0),
+        loss=LossConfig(lpips_weight=0.05, dtm_weight=0.2, dtm_t_max=0.7),
+        optim=OptimConfig(
+            ct_steps=220,
+            dtm_steps=20,
+            lr=1.5e-3,
+            lr_halve_at=160,
+            betas=(0.9, 0.9),
+            ema_decay=0.97,
+            dtm_refresh_steps=10,
+        ),
+        train=TrainConfig(
+            global_batch_size=4,
+            num_workers=2,
+            use_gpu=False,
+            precision="fp32",
+            cpus_per_worker=0.5,
+            log_every_steps=5,
+            checkpoint_every_steps=120,
+        ),
+        tune=TuneConfig(
+            num_trials=3,
+            max_concurrent=2,
+            ct_steps=16,
+            dtm_steps=0,
+            sigma_max=(0.01, 0.02),
+            noise_rho=(0.2, 1.0),
+            res_rho=(0.2, 1.0),
+            s0=(1, 2),
+            s1=(2,),
+            dtm_weight=(),
+            dtm_t_min=(),
+            dtm_t_max=(),
+        ),
+    )
+
+
+def _mild_degradation() -> DegradationConfig:
+    """Blur, little noise: minutes teach a network to undo blur, not to tell strong noise from texture."""
+    published = DegradationConfig()
+    return DegradationConfig(
+        stage1=replace(
+            published.stage1,
+            blur_sigma_px=(1.5, 3.0),
+            sinc_prob=0.0,
+            resize_up_prob=0.0,
+            resize_down_prob=0.0,
+            noise_std=(1 / 255, 5 / 255),
+            poisson_scale=(0.05, 0.1),
+            jpeg_quality=(85.0, 95.0),
+        ),
+        stage2=replace(published.stage2, prob=0.0),
+        final_sinc_prob=0.0,
+        final_jpeg_quality=(85.0, 95.0),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    preset.__name__: preset for preset in (small, one_gpu, published, node, nodes)
+}

@@ -1,0 +1,90 @@
+"""The pictures a run draws from: a folder as it is, or an index of one, by `python -m pipelines.index`."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctmsr.errors import DataError
+
+from ..infra.listing import list_images
+from ..infra.storage import open_uri, read_bytes
+
+INDEX_SUFFIX = ".index"
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of pictures in storage, in order of key. Arrow arrays hold a hundred million names, too."""
+
+    uri: str
+    """As the user named it."""
+    keys: pa.Array
+    """Path of each below `folder`: its identity."""
+    folder: str
+    """URI of the folder that holds them."""
+    version: str
+    """Hash of the set: keys and sizes of a folder, keys and contents of an index."""
+    lq_folder: str = ""
+    """URI of the folder of LR pictures; empty where LR is made by degradation."""
+    lq_keys: pa.Array | None = None
+    """Below `lq_folder`, in the order of `keys`."""
+    scale: int | None = None
+    """HR/LQ ratio, where there are LR pictures."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def find_pictures(uri: str) -> Pictures:
+    """Lists a folder, or reads an index, which a URI names that ends in `.index`.
+
+    Raises:
+        DataError: There is no picture or no finished index, or the store cannot be used.
+    """
+    if uri.rstrip("/").endswith(INDEX_SUFFIX):
+        return _read_index(uri)
+    refs = list_images(uri)
+    _, path = open_uri(uri)
+    folder = uri if "://" in uri else path  # absolute, for tasks with another working directory
+    if refs[0].path == path:  # the URI of a single picture
+        folder = folder.removesuffix(refs[0].key)
+    version = _hash([f"{ref.key} {ref.size}" for ref in refs])
+    keys = pa.array([ref.key for ref in refs], pa.large_string())
+    return Pictures(uri, keys, folder.rstrip("/"), version)
+
+
+def _read_index(uri: str) -> Pictures:
+    file_system, root = open_uri(uri)
+    root = root.rstrip("/")
+    try:
+        summary = json.loads(read_bytes(file_system, f"{root}/{SUMMARY_FILE}"))
+    except DataError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise DataError(
+            f"{uri} is no index, or an unfinished one: it has no {SUMMARY_FILE}. "
+            f"Run `python -m pipelines.index FOLDER --out {uri}`."
+        ) from error
+    file = read_bytes(file_system, f"{root}/index-{summary['version']}.parquet")
+    names = ["key", "lq_key"] if summary["lq_uri"] else ["key"]
+    table = pq.read_table(pa.BufferReader(file), columns=names)
+    # 32-bit offsets end at 2 GiB of text, and what exceeds them stays in further chunks.
+    columns = [table[name].cast(pa.large_string()).combine_chunks() for name in names]
+    return Pictures(
+        uri,
+        columns[0],
+        summary["uri"],
+        summary["version"],
+        lq_folder=summary["lq_uri"],
+        lq_keys=columns[1] if summary["lq_uri"] else None,
+        scale=summary["scale"],
+    )
+
+
+def _hash(lines: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()

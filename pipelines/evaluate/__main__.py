@@ -1,0 +1,43 @@
+"""Evaluate a checkpoint on held-out pictures, against bicubic: `python -m pipelines.evaluate --help`."""
+
+from ctmsr.scoring import table
+
+from ..config.command_line import config_parser, print_config, resolve
+from ..data.held_out import find_held_out
+from ..infra.checkpoints import find
+from ..infra.cluster import ray_cluster
+from ..infra.exit_status import run
+from .run import evaluate, write_report
+
+EXAMPLES = """\
+  the newest checkpoint of a run, on data.test_uri:
+    python -m pipelines.evaluate --set name=first --set data.test_uri=photos/test
+  any checkpoint, on pairs of whole pictures as benchmarks have them:
+    python -m pipelines.evaluate --checkpoint s3://bucket/runs/first/checkpoint_... \\
+        --set data.test_uri=RealSR/HR --set data.test_lq_uri=RealSR/LR
+  on pictures without a reference, by NIQE, with other tiles than the checkpoint's:
+    python -m pipelines.evaluate --set name=first --set data.test_uri= --set data.test_lq_uri=RealSet65 \\
+        --set inference.tile=128"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = config_parser("evaluate", __doc__ or "", EXAMPLES)
+    parser.add_argument("--checkpoint", metavar="URI", help="default: the newest of the run")
+    arguments = parser.parse_args(argv)
+    config = resolve(arguments)
+    if arguments.dry_run:
+        return print_config(config)
+    checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
+    held_out = find_held_out(config.data)
+    overrides = [text for text in arguments.overrides if text.startswith("inference.")]
+    with ray_cluster():
+        evaluation = evaluate(config, checkpoint_uri, held_out, overrides)
+    print(table(evaluation))
+    print(f"protocol: {held_out.protocol}")
+    print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

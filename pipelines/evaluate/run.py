@@ -1,0 +1,87 @@
+"""A checkpoint scored on a test set, and the report of it."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from functools import partial
+
+import ray
+import torch
+from torch import Tensor
+
+from ctmsr import checkpoint
+from ctmsr.config import check, from_dict, override
+from ctmsr.errors import UserError
+from ctmsr.image import encode_png
+from ctmsr.inference import upscale
+from ctmsr.network import ConsistencyModel
+from ctmsr.perceptual import load_lpips
+from ctmsr.scoring import METRICS, Evaluation, score
+
+from ..config.run_config import RunConfig
+from ..data.held_out import HeldOut
+from ..infra.checkpoints import fetched
+from ..infra.exit_status import root_cause
+from ..infra.storage import write_bytes
+
+
+def evaluate(
+    config: RunConfig, checkpoint_uri: str, held_out: HeldOut, overrides: Sequence[str] = ()
+) -> Evaluation:
+    """Scores a checkpoint on a test set, in one Ray task that holds the network.
+
+    Args:
+        config: Where and on what to evaluate. The model's own settings are those it was trained with.
+        checkpoint_uri: The checkpoint.
+        held_out: The test set.
+        overrides: KEY=VALUE settings laid over those of the checkpoint, such as inference.tile=128.
+
+    Raises:
+        UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
+    """
+    with fetched(checkpoint_uri) as folder:
+        model, manifest = checkpoint.load_model(folder)
+    trained = from_dict(RunConfig, override(manifest.config, overrides))
+    check(
+        config.data.eval_crop_size % trained.network.scale == 0,
+        f"data.eval_crop_size ({config.data.eval_crop_size}) must be a multiple of the checkpoint's scale "
+        f"({trained.network.scale}).",
+    )
+    task = _evaluate_remotely.options(
+        num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu)
+    )
+    try:
+        return ray.get(task.remote(trained, held_out, model.state_dict()))
+    except ray.exceptions.RayError as error:
+        raise UserError(f"evaluation failed. {root_cause(error)}") from error
+
+
+@ray.remote
+def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str, Tensor]) -> Evaluation:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ConsistencyModel(trained.network)
+    model.load_state_dict(weights)
+    model.eval().to(device)
+    return score(
+        partial(upscale, model, sigma_max=trained.schedule.sigma_max, config=trained.inference),
+        held_out.rows(trained),
+        scale=trained.network.scale,
+        lpips=load_lpips("alex").to(device),
+        crop_border=held_out.data.eval_crop_border,
+        metrics=list(METRICS),
+    )
+
+
+def write_report(config: RunConfig, checkpoint_uri: str, held_out: HeldOut, evaluation: Evaluation) -> str:
+    """Writes means, the table of pictures and their grid beside the run's checkpoints; returns the folder."""
+    folder = f"{config.run_uri}/evaluation"
+    report = {"checkpoint": checkpoint_uri, "protocol": held_out.protocol, "means": evaluation.means}
+    write_bytes(f"{folder}/scores.json", (json.dumps(report, indent=1) + "\n").encode())
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, ["key", *evaluation.means])
+    writer.writeheader()
+    writer.writerows(evaluation.rows)
+    write_bytes(f"{folder}/scores.csv", lines.getvalue().encode())
+    write_bytes(f"{folder}/grid.png", encode_png(evaluation.grid_u8))
+    return folder

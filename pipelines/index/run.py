@@ -1,0 +1,191 @@
+"""A folder scanned into an index: what was scanned before is used again, the rest goes through Ray Data."""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from pyarrow import fs
+
+from ctmsr.errors import DataError
+
+from ..data.pictures import SUMMARY_FILE
+from ..infra.exit_status import root_cause
+from ..infra.listing import IMAGE_SUFFIXES, Listed, iter_images, list_files
+from ..infra.progress import duration
+from ..infra.ray_data import configured
+from ..infra.storage import open_uri, read_bytes, write_bytes
+from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, stem, write_table
+
+_ROUND_CHUNKS = 64
+"""Chunks of the listing that are planned at a time."""
+_SHOW_EVERY_S = 5.0
+
+
+def build_index(settings: Settings, out: str) -> dict[str, Any]:
+    """Scans what has not been scanned and writes the index; returns its summary.
+
+    Raises:
+        DataError: No picture is good, or the store fails.
+    """
+    lq = {stem(file.key): file for file in iter_images(settings.lq_uri)} if settings.lq_uri else {}
+    file_system, root = open_uri(out)
+    listing = file_system.get_file_info(fs.FileSelector(f"{root}/parts", allow_not_found=True))
+    there = {info.base_name for info in listing}
+    num_files = 0
+
+    def counted() -> Iterator[Listed]:
+        nonlocal num_files
+        for file in list_files(settings.uri):
+            num_files += 1
+            if file.key.lower().endswith(IMAGE_SUFFIXES):
+                yield file
+
+    names: list[str] = []
+    progress = _ScanProgress(settings.uri)
+    cut = chunks(counted())
+    while some := list(islice(cut, _ROUND_CHUNKS)):
+        todo = []
+        for chunk in some:
+            names.append(f"{part_name(chunk, lq, settings)}.parquet")
+            if names[-1] in there:
+                progress.reused += len(chunk)
+                continue
+            lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
+            files = [asdict(file) for file in chunk]
+            todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
+        if todo:
+            _scan(todo, settings, progress)
+    progress.end()
+    return _merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
+
+
+def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:
+    def scan(row: dict[str, Any]) -> dict[str, Any]:
+        chunk = [Listed(**file) for file in row["files"]]
+        scan_chunk(chunk, row["lq_keys"], settings, row["part_uri"])
+        return {"pictures": len(chunk), "bytes": sum(file.size for file in chunk)}
+
+    blocks = ray.data.from_items(todo, override_num_blocks=len(todo))
+    try:
+        for done in configured(blocks.map(scan)).iter_rows():
+            progress.show(done["pictures"], done["bytes"])
+    except ray.exceptions.RayError as error:
+        raise DataError(f"the scan stopped; the same command continues it. {root_cause(error)}") from error
+
+
+def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
+    file_system, _ = open_uri(out)
+    table = pa.concat_tables(
+        [pq.read_table(pa.BufferReader(read_bytes(file_system, part)), schema=SCHEMA) for part in parts]
+    )
+    table = _mark_scales(_mark_duplicates(table))
+    is_good = pc.equal(table["status"], "ok")
+    good, bad = table.filter(is_good), table.filter(pc.invert(is_good))
+    reasons = dict(sorted(Counter(bad["status"].to_pylist()).items()))
+    if not len(good):
+        raise DataError(f"none of {len(table)} pictures under {settings.uri} can be used: {reasons}.")
+    columns = ["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]
+    digest = hashlib.blake2b(digest_size=8)
+    for row in zip(*(good[name].to_pylist() for name in columns), strict=True):
+        digest.update(json.dumps(row).encode())
+    version = digest.hexdigest()
+    index = good.drop_columns(
+        ["status", "detail", *([] if settings.lq_uri else ["lq_key", "lq_sha256", "scale"])]
+    )
+    write_table(index, f"{out}/index-{version}.parquet")
+    write_table(bad, f"{out}/quarantine-{version}.parquet")
+    summary = vars(settings) | {
+        "version": version,
+        "scale": good["scale"][0].as_py(),
+        "pictures": len(good),
+        "bytes": pc.sum(good["size"]).as_py(),
+        "pixels": pc.sum(pc.multiply(good["width"].cast("int64"), good["height"])).as_py(),
+        "quarantined": reasons,
+        "ignored": num_files - len(table),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_bytes(f"{out}/{SUMMARY_FILE}", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def _mark_duplicates(table: pa.Table) -> pa.Table:
+    """Of good pictures with the same bytes, the first by key stays."""
+    first: dict[str, str] = {}
+    status, detail = table["status"].to_pylist(), table["detail"].to_pylist()
+    keys, hashes = table["key"].to_pylist(), table["sha256"].to_pylist()
+    for row, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
+        if status[row] == "ok" and first.setdefault(sha256, key) != key:
+            status[row], detail[row] = "duplicate", f"{key} has the same bytes as {first[sha256]}."
+    return _with(table, status, detail)
+
+
+def _mark_scales(table: pa.Table) -> pa.Table:
+    """Of good pairs, those of another scale than most go."""
+    status, detail, scales = (table[name].to_pylist() for name in ("status", "detail", "scale"))
+    common = Counter(scale for scale, what in zip(scales, status, strict=True) if what == "ok").most_common(1)
+    for row, scale in enumerate(scales):
+        if status[row] == "ok" and scale != common[0][0]:
+            key = table["key"][row].as_py()
+            status[row], detail[row] = "bad-lq", f"{key} is a pair of scale {scale}, most are {common[0][0]}."
+    return _with(table, status, detail)
+
+
+def _with(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
+    for name, column in (("status", status), ("detail", detail)):
+        values = pa.array(column, pa.large_string())
+        table = table.set_column(table.schema.get_field_index(name), name, values)
+    return table
+
+
+class _ScanProgress:
+    """One line: pictures/s, MB/s and the time left.
+
+    The scan lists as it goes, so how much is left comes from a listing of its own, which only counts.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._started = self._shown = time.monotonic()
+        self._pictures, self._bytes = 0, 0
+        self._listed, self._is_whole = 0, False
+        self.reused = 0
+        """Pictures whose part was there already."""
+        threading.Thread(target=self._count, args=(uri,), daemon=True).start()
+
+    def _count(self, uri: str) -> None:
+        with suppress(DataError):  # the scan meets it too, and tells
+            for _ in iter_images(uri):
+                self._listed += 1
+            self._is_whole = True
+
+    def show(self, pictures: int, num_bytes: int) -> None:
+        self._pictures, self._bytes = self._pictures + pictures, self._bytes + num_bytes
+        now = time.monotonic()
+        if now - self._shown > _SHOW_EVERY_S:
+            self._shown = now
+            print(self, flush=True)
+
+    def end(self) -> None:
+        print(self, flush=True)
+
+    def __str__(self) -> str:
+        elapsed_s = time.monotonic() - self._started
+        known = f"  {self.reused} known from before" if self.reused else ""
+        left = max(0, self._listed - self.reused - self._pictures)
+        if left and self._is_whole:
+            known += f"  {left} to go, ETA {duration(left * elapsed_s / max(self._pictures, 1))}"
+        return (
+            f"scanned {self._pictures} pictures  {self._pictures / elapsed_s:.0f}/s  "
+            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s{known}"
+        )

@@ -1,0 +1,95 @@
+"""A checkpoint as a version of a registered MLflow model: `python -m pipelines.register --help`.
+
+The version is loaded back from MLflow and must give the bytes of its checkpoint. Then it and the champion are
+scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or `challenger`.
+"""
+
+from ctmsr import checkpoint
+from ctmsr.checkpoint import Manifest
+from ctmsr.config import from_dict, override, to_dict
+
+from ..config.command_line import config_parser, print_config, resolve
+from ..config.run_config import RunConfig
+from ..infra.checkpoints import fetched, find
+from ..infra.cluster import ray_cluster
+from ..infra.exit_status import run
+from ..tracking.models import load_model as load_model
+from ..tracking.runs import preflight
+from .comparison import find_comparison
+from .promotion import CHALLENGER, CHAMPION, Decision, rollback
+from .run import register
+
+EXAMPLES = """\
+  the newest checkpoint of a run, compared with the champion on the run's data.val_uri:
+    python -m pipelines.register --set name=first
+  any checkpoint, in a team's registry, compared on the team's pictures and degradation:
+    python -m pipelines.register --checkpoint s3://bucket/runs/first/checkpoint_... --config gate.json \\
+        --tracking-uri http://mlflow:5000
+  the champion of before is champion again:
+    python -m pipelines.register --rollback --tracking-uri http://mlflow:5000
+
+Without --config, the settings are those that the checkpoint was trained with, under --set."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = config_parser("register", __doc__ or "", EXAMPLES)
+    parser.add_argument("--checkpoint", metavar="URI", help="default: the newest of the run")
+    parser.add_argument(
+        "--rollback", action="store_true", help="register nothing: the previous champion is champion again"
+    )
+    arguments = parser.parse_args(argv)
+    config = resolve(arguments)
+    if arguments.dry_run:
+        return print_config(config)
+    if arguments.rollback:
+        return _roll_back(config)
+    if arguments.tracking_uri:
+        preflight(config.tracking_uri)  # before a checkpoint is looked for and fetched
+    checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
+    with fetched(checkpoint_uri) as folder:
+        manifest = checkpoint.read_manifest(folder)
+        if not arguments.config:
+            config = _as_trained(manifest, arguments.overrides, arguments.tracking_uri)
+        tracking_uri = preflight(config.tracking_uri)
+        comparison = find_comparison(config)
+        metrics = manifest.meta.get("metrics", {})  # a converted one has none
+        with ray_cluster():
+            decision = register(
+                folder,
+                tracking_uri=tracking_uri,
+                model_name=config.model_name,
+                run_id=None,
+                metrics={f"val_{name}": value for name, value in metrics.items()},
+                tags={"checkpoint": checkpoint_uri},
+                rule=config.register,
+                comparison=comparison,
+            )
+    _tell(config, decision, checkpoint_uri)
+    return 0
+
+
+def _as_trained(manifest: Manifest, overrides: list[str], tracking_uri: str | None) -> RunConfig:
+    """The config that a checkpoint was trained with, under what the command line sets."""
+    overrides = [*overrides, *([f"tracking_uri={tracking_uri}"] if tracking_uri else [])]
+    return from_dict(RunConfig, override(to_dict(from_dict(RunConfig, manifest.config)), overrides))
+
+
+def _tell(config: RunConfig, decision: Decision, checkpoint_uri: str) -> None:
+    alias = CHAMPION if decision.is_promoted else CHALLENGER
+    print(f"models:/{config.model_name}@{alias} is version {decision.version}, from {checkpoint_uri}")
+    print(f"{'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}.")
+    if decision.champion != decision.version:
+        print(f"models:/{config.model_name}@{CHAMPION} is version {decision.champion}")
+    print(f"next: python -m pipelines.upscale PHOTO --output upscaled --tracking-uri {config.tracking_uri}")
+
+
+def _roll_back(config: RunConfig) -> int:
+    rolled_back, champion = rollback(preflight(config.tracking_uri), config.model_name)
+    versions = ", ".join(map(str, rolled_back))
+    print(f"models:/{config.model_name}@{CHAMPION} is version {champion}; rolled back: version {versions}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,91 @@
+"""Scores of registered models on one pinned set of pictures: what a promotion compares."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import ray
+import torch
+
+from ctmsr.config import to_dict
+from ctmsr.errors import UserError
+from ctmsr.perceptual import load_lpips
+from ctmsr.scoring import Evaluation, score
+
+from ..config.run_config import RunConfig
+from ..data.held_out import HeldOut, find_held_out
+from ..infra.cluster import check_gpus
+from ..infra.exit_status import root_cause
+from ..tracking.models import load_from
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The pictures of data.val_uri, cropped and degraded alike for every model.
+
+    The degradation is that of `config`, not what a model was trained with: all see the same LR pictures.
+    """
+
+    config: RunConfig
+    held_out: HeldOut
+
+    @property
+    def set_version(self) -> str:
+        """Hash of the pictures, and of how they are cropped and degraded."""
+        data, pictures = self.config.data, self.held_out.pictures
+        assert pictures is not None
+        parts = {
+            "pictures": pictures.version,
+            "crop": [data.eval_crop_size, data.eval_draws, data.eval_crop_border],
+            "scale": self.config.network.scale,
+            "degradation": to_dict(self.config.degradation),
+        }
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @property
+    def protocol(self) -> str:
+        """What the scores mean, in a line."""
+        return self.held_out.protocol
+
+    def score(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:
+        """Scores models by their own code, each in one Ray task.
+
+        Args:
+            tracking_uri: From `tracking.runs.preflight`.
+            sources: URIs of the models' files.
+
+        Raises:
+            UserError: A model does not load or is of another scale, or a picture cannot be read.
+        """
+        train = self.config.train
+        task = _score_remotely.options(num_cpus=train.cpus_per_worker, num_gpus=int(train.use_gpu))
+        try:
+            return ray.get([task.remote(self, tracking_uri, source) for source in sources])
+        except ray.exceptions.RayError as error:
+            raise UserError(f"the comparison with the champion failed. {root_cause(error)}") from error
+
+
+def find_comparison(config: RunConfig) -> Comparison:
+    """Lists and checks the pictures of data.val_uri, before anything expensive starts.
+
+    Raises:
+        UserError: There is no picture, one cannot be read, or there is no GPU where one is asked for.
+    """
+    check_gpus(1, use_gpu=config.train.use_gpu)
+    return Comparison(
+        config, find_held_out(replace(config.data, test_uri=config.data.val_uri, test_lq_uri=""))
+    )
+
+
+@ray.remote
+def _score_remotely(comparison: Comparison, tracking_uri: str, source: str) -> Evaluation:
+    model = load_from(tracking_uri, source)
+    return score(
+        lambda lq_u8: np.asarray(model.predict(lq_u8[None]))[0],
+        comparison.held_out.rows(comparison.config),
+        scale=comparison.config.network.scale,
+        lpips=load_lpips("alex").to("cuda" if torch.cuda.is_available() else "cpu"),
+        crop_border=comparison.config.data.eval_crop_border,
+    )

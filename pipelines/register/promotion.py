@@ -1,0 +1,268 @@
+"""Which version is the champion: a rule, a record on every version, and a loop that many may run at once.
+
+MLflow can set an alias but not compare and set it, so who promotes must not matter. A version is created last
+of all, complete and proven, in one transaction with its record: what it scored, and what the champion of that
+moment scored on the same pictures. Its number is then its place in an order that all see alike, and nothing
+that comes later changes what was before it. `pending` derives from the versions of a registry what is still
+to be written, and every registering process applies that until nothing is left (`settle`):
+
+- A version without a decision is compared with the last version below it that was promoted and not rolled
+  back. Whoever computes this gets the same result, and the decision stays: it is a tag of the version.
+- The alias `champion` is on the highest version that was promoted and not rolled back, `challenger` on the
+  highest that was refused.
+
+"Better by a margin" is no order of versions: of two that both beat a third, neither may beat the other. So
+the champion is not "the best version" but what a queue would have made of them: each, in the order of the
+numbers, has beaten the champion that it found, and of two that register at once the second has to beat the
+first. One consequence is plain addition: every promotion may lose the guard margin again.
+
+A process that is killed leaves the old champion, or one that was promoted by the rule; the next registration
+or rollback finishes what it began. An alias that was moved by hand is moved back by the next one, too: use
+`--rollback`. A champion from before there was a gate counts as promoted.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from ctmsr.errors import TrackingError
+from ctmsr.scoring import METRICS, REFERENCE_METRICS
+
+from ..config.run_config import RegisterConfig
+from ..tracking.runs import answered, connect, tracking_errors
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+PROMOTED, REFUSED = "promoted", "refused"
+RULE, DECISION, ROLLED_BACK = "gate.rule", "gate.decision", "gate.rolled_back"
+_RULE_FIELDS = ("metric", "margin", "guard", "guard_margin")
+RISES = {name: METRICS[name].rises for name in REFERENCE_METRICS}
+"""Whether more is better."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a version scored, and the champion of that moment on the same pictures."""
+
+    set_version: str
+    """Hash of pictures, crops and degradation."""
+    protocol: str
+    """The same in words."""
+    scores: Mapping[str, float]
+    champion: int | None
+    """None where there was no champion."""
+    champion_scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of a version."""
+
+    version: str
+    is_promoted: bool
+    reason: str
+    champion: str | None
+    """The champion's version now; None where the first version was refused."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """An alias to be moved to a version or, where `value` is set, a tag of it."""
+
+    version: int
+    name: str
+    value: str | None = None
+
+    def apply(self, client: MlflowClient, model_name: str) -> None:
+        """Writes it."""
+        if self.value is None:
+            client.set_registered_model_alias(model_name, self.name, str(self.version))
+        else:
+            client.set_model_version_tag(model_name, str(self.version), self.name, self.value)
+
+    def is_done(self, client: MlflowClient, model_name: str) -> bool:
+        """Whether somebody has written it, perhaps with another value."""
+        version = client.get_model_version(model_name, str(self.version))
+        return self.name in (version.aliases if self.value is None else version.tags)
+
+
+def record(rule: RegisterConfig, measured: Measured | None) -> dict[str, str]:
+    """The tags that a version must be created with."""
+    tags = {RULE: json.dumps({name: getattr(rule, name) for name in _RULE_FIELDS})}
+    if measured:
+        tags |= {
+            "gate.set_version": measured.set_version,
+            "gate.protocol": measured.protocol,
+            "gate.scores": json.dumps(dict(measured.scores)),
+            "gate.champion": "" if measured.champion is None else str(measured.champion),
+            "gate.champion_scores": json.dumps(dict(measured.champion_scores)),
+        }
+    return tags
+
+
+def pending(versions: Mapping[int, Mapping[str, str]], aliases: Mapping[str, int], now: str) -> list[Write]:
+    """What a registry still lacks, in the order in which it must be written; nothing when it is settled.
+
+    Args:
+        versions: Tags of every version, by its number.
+        aliases: Version number by alias.
+        now: Time to stamp decisions with.
+    """
+    writes: list[Write] = []
+    latest: dict[str, int] = {}
+    for number, tags in sorted(versions.items()):
+        decision = tags.get(DECISION)
+        if decision is None:
+            if RULE in tags:
+                champion = latest.get(CHAMPION)
+                promoted, reason = verdict(tags, champion, versions[champion] if champion else {})
+            elif aliases.get(CHAMPION) == number:
+                promoted, reason = True, "it was the champion before there was a gate"
+            else:  # made by other means
+                continue
+            decision = PROMOTED if promoted else REFUSED
+            writes += [Write(number, "gate.reason", reason), Write(number, "gate.decided_at", now)]
+            writes.append(Write(number, DECISION, decision))
+        if decision == REFUSED:
+            latest[CHALLENGER] = number
+        elif ROLLED_BACK not in tags:
+            latest[CHAMPION] = number
+    writes += [Write(number, alias) for alias, number in latest.items() if aliases.get(alias) != number]
+    return writes
+
+
+def verdict(
+    tags: Mapping[str, str], champion: int | None, champion_tags: Mapping[str, str]
+) -> tuple[bool, str]:
+    """Whether a version with these tags takes the place of `champion`, and why.
+
+    Without a champion, proof is enough: a version exists only if it was loaded back from the registry and
+    gave the bytes of its checkpoint. Otherwise `rule.metric` must gain `rule.margin`, and more than nothing,
+    while `rule.guard` loses `rule.guard_margin` at most; a score that is not a number never does.
+    """
+    if champion is None:
+        return True, "there was no champion, and it gives the bytes of its checkpoint"
+    if "gate.scores" not in tags:
+        return False, f"it was not measured against version {champion}, the champion"
+    mine = json.loads(tags["gate.scores"])
+    if tags["gate.champion"] == str(champion):
+        theirs = json.loads(tags["gate.champion_scores"])
+    elif champion_tags.get("gate.set_version") == tags["gate.set_version"]:
+        theirs = json.loads(champion_tags["gate.scores"])
+    else:
+        return False, (
+            f"version {champion} became champion meanwhile, measured on other pictures "
+            f"({champion_tags.get('gate.set_version', 'none')}, not {tags['gate.set_version']}). "
+            "Register it again"
+        )
+    return _compare(json.loads(tags[RULE]), mine, theirs, champion)
+
+
+def _compare(
+    rule: Mapping[str, Any], mine: Mapping[str, float], theirs: Mapping[str, float], champion: int
+) -> tuple[bool, str]:
+    gains, words = {}, {}
+    for metric in (rule["metric"], rule["guard"]):
+        ours, other = (scores.get(metric, math.nan) for scores in (mine, theirs))
+        gains[metric] = ours - other if RISES[metric] else other - ours
+        words[metric] = f"{metric} {ours:.4f} against {other:.4f}"
+    gain, lost = gains[rule["metric"]], -gains[rule["guard"]]
+    passes = gain >= rule["margin"] and gain > 0 and lost <= rule["guard_margin"]
+    return passes, (
+        f"{words[rule['metric']]} of version {champion}: a gain of {gain:.4f}, {rule['margin']:g} needed; "
+        f"{words[rule['guard']]}: a loss of {lost:.4f}, {rule['guard_margin']:g} allowed"
+    )
+
+
+def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
+    """Decides what is undecided and moves the aliases; returns them, as version numbers.
+
+    It looks again after every write, and returns once a look found nothing to do. So of processes that do
+    this at once, the one that looks last leaves what `pending` wants, whoever else has written what.
+    """
+    while True:
+        versions = _versions(client, model_name)
+        aliases = _aliases(client, model_name)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        writes = pending(versions, aliases, now)
+        if not writes:
+            return aliases
+        for write in writes:
+            try:
+                write.apply(client, model_name)
+            except MlflowException:
+                if not write.is_done(client, model_name):
+                    raise
+                break  # another process was first, which some databases refuse: look again
+
+
+def decision_of(client: MlflowClient, model_name: str, version: str) -> Decision:
+    """Settles, and tells what became of a version."""
+    aliases = settle(client, model_name)
+    tags = answered(lambda: client.get_model_version(model_name, version)).tags
+    champion = aliases.get(CHAMPION)
+    return Decision(
+        version,
+        tags[DECISION] == PROMOTED,
+        tags["gate.reason"],
+        None if champion is None else str(champion),
+    )
+
+
+def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
+    """Gives the alias `champion` back to the version that had it before.
+
+    The version that loses it is marked before the alias moves, and is never promoted again; its checkpoint
+    can be registered anew, as a version of its own.
+
+    Returns:
+        The versions rolled back, usually one, and the champion now.
+
+    Raises:
+        TrackingError: There is no champion, or none before it; then nothing changes. Or MLflow fails.
+    """
+    client = connect(tracking_uri)
+    with tracking_errors(f"cannot roll back {model_name}"):
+        seen = _aliases(client, model_name).get(CHAMPION)
+        if seen is None:
+            raise TrackingError(f"{model_name} has no champion to roll back. Register a version first.")
+        settle(client, model_name)
+        promoted = [
+            number
+            for number, tags in _versions(client, model_name).items()
+            if tags.get(DECISION) == PROMOTED and ROLLED_BACK not in tags
+        ]
+        if not any(number < seen for number in promoted):
+            raise TrackingError(
+                f"version {seen} is the first champion of {model_name}, there is none to go back to. "
+                "Register another version, or delete the alias to offer none."
+            )
+        rolled_back = sorted((number for number in promoted if number >= seen), reverse=True)
+        for number in rolled_back:  # those that users have not seen yet come first
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            client.set_model_version_tag(model_name, str(number), ROLLED_BACK, now)
+        return rolled_back or [seen], settle(client, model_name)[CHAMPION]
+
+
+def _versions(client: MlflowClient, model_name: str) -> dict[int, dict[str, str]]:
+    """Tags by version number."""
+    search = partial(client.search_model_versions, f"name='{model_name}'", order_by=["version_number ASC"])
+    found: dict[int, dict[str, str]] = {}
+    token = None
+    while True:
+        page = answered(partial(search, page_token=token))
+        found |= {int(version.version): dict(version.tags) for version in page}
+        token = page.token
+        if not token:
+            return found
+
+
+def _aliases(client: MlflowClient, model_name: str) -> dict[str, int]:
+    aliases = answered(lambda: client.get_registered_model(model_name)).aliases
+    return {alias: int(version) for alias, version in aliases.items()}

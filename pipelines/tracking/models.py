@@ -1,0 +1,127 @@
+"""Registered models by name: found in MLflow, fetched and loaded.
+
+Needs neither Ray nor the data plane. Loading runs the Python code that was registered with the model: name
+only a registry you trust.
+"""
+
+import re
+import tempfile
+from dataclasses import dataclass
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
+
+from ctmsr.errors import TrackingError
+
+from .runs import connect, tracking_errors
+
+
+def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
+    """A registered model, as `mlflow.pyfunc.load_model` gives it: see `registered_model.py` for `predict`.
+
+    Args:
+        tracking_uri: From `tracking.preflight`.
+        model_uri: `models:/name@alias` or `models:/name/version`.
+
+    Raises:
+        TrackingError: MLflow fails, or has no such model, alias or version; those it has are listed.
+    """
+    client = connect(tracking_uri)
+    with tracking_errors(f"cannot fetch {model_uri} from {tracking_uri}"):
+        version = named_version(client, model_uri)
+        source = client.get_model_version_download_uri(version.name, version.version)
+    return load_from(tracking_uri, source, model_uri)
+
+
+def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFuncModel:
+    """The model whose files are at `source`.
+
+    Args:
+        tracking_uri: From `tracking.preflight`.
+        source: Where MLflow keeps the files of a version or of a logged model.
+        name: For messages.
+
+    Raises:
+        TrackingError: The files cannot be fetched, or do not load.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        with tracking_errors(f"cannot fetch {name} from {tracking_uri}"):
+            folder = mlflow.artifacts.download_artifacts(
+                source, dst_path=scratch, tracking_uri=tracking_uri, registry_uri=tracking_uri
+            )
+        try:
+            model: PyFuncModel = mlflow.pyfunc.load_model(folder, suppress_warnings=True)
+        except Exception as error:  # the model's own code runs here: it can raise anything
+            raise TrackingError(
+                f"{name} was fetched from {tracking_uri} but does not load "
+                f"({type(error).__name__}: {error}). Install its requirements.txt, or register it again."
+            ) from error
+    return model
+
+
+def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
+    """The version that `models:/name@alias` or `models:/name/version` names now.
+
+    Raises:
+        TrackingError: There is none; those there are are listed.
+        MlflowException: MLflow fails.
+    """
+    named = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
+    if not named:
+        raise TrackingError(
+            f"a model is named models:/name@alias or models:/name/version, got {model_uri!r}."
+        )
+    name, alias, version = named.groups()
+    try:
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        models = {model.name: model for model in client.search_registered_models()}
+        if name not in models:
+            known = f"models: {', '.join(models) or 'none; register one first'}"
+        else:
+            versions = sorted(int(v.version) for v in client.search_model_versions(f"name='{name}'"))
+            known = (
+                f"aliases of {name}: {', '.join(models[name].aliases) or 'none'}; "
+                f"versions: {', '.join(map(str, versions)) or 'none'}"
+            )
+        where = client.tracking_uri
+        raise TrackingError(f"{model_uri} is not in the registry at {where}. There are {known}.") from error
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model: an alias may move while pictures are being made."""
+
+    tracking_uri: str
+    uri: str
+    """`models:/name/version`."""
+    source: str
+    """Where its files are: another registry has other models of the same name."""
+
+    def load(self) -> PyFuncModel:
+        """The model. Runs its code; raises TrackingError."""
+        return load_from(self.tracking_uri, self.source, self.uri)
+
+
+def find_version(tracking_uri: str, model_uri: str) -> Version:
+    """The version that `models:/name@alias` or `models:/name/version` names now.
+
+    Args:
+        tracking_uri: From `tracking.preflight`.
+        model_uri: The model.
+
+    Raises:
+        TrackingError: MLflow fails, or has no such model, alias or version; those it has are listed.
+    """
+    with tracking_errors(f"cannot find {model_uri} at {tracking_uri}"):
+        client = connect(tracking_uri)
+        found = named_version(client, model_uri)
+        source = client.get_model_version_download_uri(found.name, found.version)
+    return Version(tracking_uri, f"models:/{found.name}/{found.version}", source)

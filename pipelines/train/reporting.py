@@ -1,0 +1,108 @@
+"""What rank 0 tells of a training run: progress line, MLflow, Ray's metrics, scores of the EMA weights."""
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+from ray.util.metrics import Gauge
+from ray.util.queue import Queue
+
+from ctmsr.inference import upscale
+from ctmsr.perceptual import load_lpips
+from ctmsr.scoring import score
+from ctmsr.train_state import TrainState
+
+from ..config.run_config import RunConfig
+from ..data.batches import Intake
+from ..infra.progress import Progress
+from ..tracking.metric_logger import MetricLogger
+
+
+class Reporter:
+    """Rank 0's view of the run."""
+
+    def __init__(
+        self, config: RunConfig, loop: Mapping[str, Any], intake: Intake, unsent: list[dict[str, Any]]
+    ) -> None:
+        """`unsent` are metrics of before, which MLflow had not taken when the checkpoint was written."""
+        self._config = config
+        self._intake = intake
+        self._num_workers = ray.train.get_context().get_world_size()
+        self._queue: Queue = loop["progress"]
+        self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"], unsent)
+        self._gauges: dict[str, Gauge] = {}
+        self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
+        self._lpips = load_lpips("alex").to(ray.train.torch.get_device())
+        self._restart_clock()
+
+    def count(self, waited_s: float) -> None:
+        """Counts a step, and the seconds that it waited for data."""
+        self._num_steps += 1
+        self._waited_s += waited_s
+
+    def tell(self, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Says how the steps since the last call went, with the losses of the last."""
+        elapsed_s = time.monotonic() - self._started
+        step_s = elapsed_s / self._num_steps
+        step, total = state.global_step, self._config.optim.total_steps
+        speed = {
+            "images_per_s": self._config.train.global_batch_size / step_s,
+            "data_wait": self._waited_s / elapsed_s,
+            "data_mb_per_s": self._intake.file_bytes * self._num_workers / 1e6 / elapsed_s,
+        }
+        self._queue.put_nowait(
+            Progress(
+                name=self._config.name,
+                phase="DTM" if "dtm_loss" in losses else "CT",
+                step=step,
+                total_steps=total,
+                loss=losses["loss"],
+                eta_s=(total - step) * step_s,
+                num_workers=self._num_workers,
+                **speed,
+            )
+        )
+        lr = state.optimizer.param_groups[0]["lr"]
+        self._log({**losses, **speed, "lr": lr, "num_workers": self._num_workers}, step)
+        self._restart_clock()
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Scores the EMA weights on the held-out pictures, and shows them in MLflow."""
+        started = time.monotonic()
+        upscale_one = partial(
+            upscale,
+            state.ema_model.eval(),
+            sigma_max=self._config.schedule.sigma_max,
+            config=self._config.inference,
+        )
+        scale = self._config.network.scale
+        evaluation = score(upscale_one, self._held_out, scale=scale, lpips=self._lpips)
+        self._log({f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step)
+        self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
+        self._started += time.monotonic() - started  # not a part of the step rate
+        return evaluation.means
+
+    def unsent(self) -> list[dict[str, Any]]:
+        """Metrics that MLflow has not taken yet, for the checkpoint."""
+        return self._mlflow.unsent()
+
+    def close(self) -> None:
+        """Waits for MLflow, and tells what it did not take."""
+        if lost := self._mlflow.close():
+            shown = "; ".join(lost[:3]) + ("; ..." if len(lost) > 3 else "")
+            self._queue.put_nowait(f"warning: MLflow has not taken {len(lost)} writes of the run. {shown}.")
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._mlflow.log(metrics, step)
+        for name, value in metrics.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"ctmsr_{name}", f"{name} of a training run", tag_keys=("run",))
+            self._gauges[name].set(value, {"run": self._config.name})
+
+    def _restart_clock(self) -> None:
+        self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
+        self._intake.file_bytes = 0

@@ -1,0 +1,74 @@
+"""Runs a training to its end: what is tried again when workers are lost, and what is told."""
+
+from collections.abc import Callable
+
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from ctmsr.errors import StoreError, UserError
+
+from ..config.run_config import RunConfig
+from ..infra.checkpoints import newest
+from ..infra.exit_status import first_cause, one_line
+from ..infra.ray_internals import address_known, keyboard_interrupt
+
+
+def fit(
+    config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue, *, is_trial: bool = False
+) -> None:
+    """Runs a training to its end; when workers are lost, starts them again from the newest checkpoint.
+
+    Ray Train's own retries count all failures of a run, and repeat those that will come again. Here failures
+    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once. So
+    does the loss of a trial's controller: a search that stops a trial ends that first, and workers started
+    again meanwhile would keep their places for ever.
+
+    Raises:
+        UserError: It failed for good; the message is the workers' error alone.
+    """
+    num_failures = 0
+    while True:
+        before = steps_done(config)
+        try:
+            with keyboard_interrupt(), address_known():
+                make_trainer().fit()
+            return
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:
+            after = steps_done(config)
+            num_failures = 1 if after > before else num_failures + 1
+            text = _failure(error)
+            is_stopped = is_trial and isinstance(error, ray.exceptions.RayActorError)
+            if is_stopped or _is_final(error) or num_failures > config.train.max_failures:
+                raise UserError(f"training failed. {text}") from error
+        limit = f"failure {num_failures} of {config.train.max_failures}"
+        progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
+
+
+def _causes(error: BaseException) -> dict[str, BaseException]:
+    """What went wrong first, by place."""
+    if isinstance(error, ray.train.WorkerGroupError):
+        return {f"rank {rank}": first_cause(failure) for rank, failure in error.worker_failures.items()}
+    return {"Ray Train": first_cause(getattr(error, "controller_failure", error))}
+
+
+def _failure(error: BaseException) -> str:
+    """One line: a rank that reports a mistake speaks for the others, which fail for want of it."""
+    causes = _causes(error)
+    own = {where: cause for where, cause in causes.items() if _is_mistake(cause)}
+    return " ".join(f"{where}: {one_line(cause)}" for where, cause in sorted((own or causes).items()))
+
+
+def _is_final(error: BaseException) -> bool:
+    return any(_is_mistake(cause) for cause in _causes(error).values())
+
+
+def _is_mistake(cause: BaseException) -> bool:
+    """Whether it would come again; a store may answer the next time."""
+    return isinstance(cause, (UserError, FloatingPointError)) and not isinstance(cause, StoreError)
+
+
+def steps_done(config: RunConfig) -> int:
+    """Optimizer steps in the newest checkpoint of the run, which it continues from."""
+    found = newest(config.run_uri)
+    return found.step if found else 0

@@ -1,0 +1,248 @@
+"""A training run: what is checked before it starts, the trainer, and its run in MLflow."""
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from ctmsr.checkpoint import MANIFEST_FILE
+from ctmsr.config import check, to_dict
+from ctmsr.errors import CheckpointError, ConfigError, DataError
+from ctmsr.perceptual import load_lpips
+
+from ..config.identity import RUN
+from ..config.run_config import RunConfig
+from ..data.pictures import Pictures, find_pictures
+from ..data.stream import StreamConfig, StreamMaker, check_images, train_stream, val_samples
+from ..infra.checkpoints import newest
+from ..infra.cluster import check_gpus
+from ..infra.storage import check_lasting, delete_folder, open_uri, read_bytes, write_bytes
+from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
+from .retries import fit, steps_done
+from .worker import LIBRARIES, train_loop_per_worker
+
+_RESIZE_EVERY_S = 30
+"""How often an elastic run looks for nodes that have come."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found before anything expensive started."""
+
+    train: Pictures
+    val: Pictures
+    tracking_uri: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    checkpoint_uri: str
+    metrics: dict[str, float]
+    """Of the EMA weights on data.val_uri."""
+    run_id: str
+    """In MLflow."""
+
+
+def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
+    """Everything that can be wrong with a run's surroundings, found within seconds and without Ray.
+
+    Last, the resolved config is written into the run's folder, which finds a place that refuses it. With
+    `fresh`, the run there may be another.
+
+    Raises:
+        UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
+    """
+    check_gpus(config.train.num_workers, use_gpu=config.train.use_gpu)
+    check_lasting("storage_uri", config.storage_uri)
+    pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
+    check_images(pictures, hr_crop_size=config.network.hr_size)
+    check_images(val, hr_crop_size=config.data.eval_crop_size)
+    for place in (pictures, val):
+        check(
+            place.scale in (None, config.network.scale),
+            f"the LR pictures of {place.uri} are {place.scale} times smaller, network.scale is "
+            f"{config.network.scale}. Set it to {place.scale}, or name other pictures.",
+        )
+    for net in ("vgg", "alex"):
+        load_lpips(net)
+    _check_init(config)
+    if not fresh:
+        _refuse_changed_run(config, pictures)
+    tracking_uri = preflight(config.tracking_uri)
+    _write_config(config)
+    return Inputs(pictures, val, tracking_uri)
+
+
+def train(
+    config: RunConfig,
+    inputs: Inputs,
+    progress: Queue,
+    parent_run_id: str | None = None,
+    *,
+    fresh: bool = False,
+) -> Outcome:
+    """Runs the training to its end, or from its newest checkpoint on.
+
+    Args:
+        config: The run.
+        inputs: From `check_inputs`.
+        progress: Of `progress_line`.
+        parent_run_id: MLflow run of the search that this run is a trial of.
+        fresh: Whether to delete what an earlier run of this name left, and start over.
+
+    Raises:
+        UserError: The training failed; the message is the cause.
+    """
+    if fresh:
+        start_over(config)
+    with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
+        if steps_done(config) < config.optim.total_steps:
+            fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
+    last = newest(config.run_uri)
+    assert last is not None  # the last step writes one
+    return Outcome(last.uri, last.meta["metrics"], run_id)
+
+
+def start_over(config: RunConfig) -> None:
+    """Deletes the checkpoints and all else in the run's folder."""
+    delete_folder(config.run_uri)
+    _write_config(config)
+
+
+@contextmanager
+def training_run(
+    config: RunConfig, inputs: Inputs, parent_run_id: str | None = None, *, is_new: bool = False
+) -> Iterator[str]:
+    """The training's run in MLflow, for the length of a `with` block: the one that it had before, if any."""
+    experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
+    storage = config.run_uri if "://" in config.run_uri else open_uri(config.run_uri)[1]
+    tags = {
+        "storage": storage,
+        "train_pictures": str(len(inputs.train)),
+        "train_version": inputs.train.version,
+        "val_version": inputs.val.version,
+        **{f"version.{name}": importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    # --fresh leaves the runs of the search before, whose trials have the same folders
+    mark = {"storage": storage} | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+    known = None if is_new else find_run(inputs.tracking_uri, experiment_id, mark)
+    with tracked_run(
+        inputs.tracking_uri,
+        experiment_id,
+        config.name,
+        params=to_dict(config),
+        tags=tags,
+        parent_run_id=parent_run_id,
+        run_id=known,
+    ) as run_id:
+        yield run_id
+
+
+def build_trainer(
+    config: RunConfig, inputs: Inputs, progress: Queue, run_id: str, callbacks: Sequence[Any] = ()
+) -> TorchTrainer:
+    """The one trainer of the project; a Tune trial is one of these, too."""
+    file_system, storage_path = open_uri(config.storage_uri)
+    size = config.train.global_batch_size
+
+    def train_samples() -> StreamMaker:  # called whenever a group of workers starts
+        return partial(
+            train_stream,
+            inputs.train,
+            hr_crop_size=config.network.hr_size,
+            scale=config.network.scale,
+            degradation=config.degradation,
+            seed=config.seed,
+            skip=steps_done(config) * size,
+            total=config.optim.total_steps * size,
+            global_batch_size=size,
+        )
+
+    def held_out() -> ray.data.Dataset:
+        return val_samples(
+            inputs.val,
+            hr_crop_size=config.data.eval_crop_size,
+            num_draws=config.data.eval_draws,
+            scale=config.network.scale,
+            degradation=config.degradation,
+        )
+
+    datasets: dict[str, Any] = {"train": train_samples, "val": held_out}
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "tracking_uri": inputs.tracking_uri,
+            "run_id": run_id,
+            "progress": progress,
+            "num_pictures": len(inputs.train),
+            "train_version": inputs.train.version,
+        },
+        scaling_config=_scaling(config),
+        run_config=ray.train.RunConfig(
+            name=config.name,
+            storage_path=storage_path,
+            storage_filesystem=file_system,
+            failure_config=FailureConfig(max_failures=0),  # see `fit`
+            callbacks=list(callbacks),
+        ),
+        datasets=datasets,
+        dataset_config=StreamConfig(),
+    )
+
+
+def _scaling(config: RunConfig) -> ScalingConfig:
+    train = config.train
+    arguments: dict[str, Any] = {  # mypy sees the class of before, which knows no elastic training
+        "num_workers": (train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
+        "elastic_resize_monitor_interval_s": _RESIZE_EVERY_S,
+    }
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if train.use_gpu else {})
+    return ScalingConfig(use_gpu=train.use_gpu, resources_per_worker=resources, **arguments)
+
+
+def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
+    found = newest(config.run_uri)
+    if found is None:
+        return
+    listed = RUN.changes(found.config, to_dict(config))
+    version = found.meta.get("train_version", pictures.version)  # a converted one has none
+    if version != pictures.version:
+        listed.append(f"the pictures of data.train_uri: version {version} -> {pictures.version}")
+    if listed:
+        raise ConfigError(
+            f"run {config.name!r} has a checkpoint {found.uri} of another config ({', '.join(listed)}). "
+            "Restore the old values to continue it, set another name to start a new run, or give --fresh to "
+            "delete this one and start over."
+        )
+
+
+def _check_init(config: RunConfig) -> None:
+    if not config.init_uri:
+        return
+    file_system, path = open_uri(f"{config.init_uri}/{MANIFEST_FILE}")
+    try:
+        manifest = json.loads(read_bytes(file_system, path))
+    except (DataError, ValueError) as error:
+        raise CheckpointError(f"init_uri {config.init_uri} is no checkpoint: {error}") from error
+    before, now = manifest["config"]["network"], to_dict(config)["network"]
+    listed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
+    listed = [text for text in listed if not text.startswith("dropout")]
+    check(
+        not listed,
+        f"init_uri {config.init_uri} is of another network ({', '.join(listed)}). Set network.* to that.",
+    )
+
+
+def _write_config(config: RunConfig) -> None:
+    write_bytes(f"{config.run_uri}/config.json", (json.dumps(to_dict(config), indent=2) + "\n").encode())

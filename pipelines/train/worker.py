@@ -1,0 +1,177 @@
+"""What every Ray Train worker runs: batches in, updates, and on rank 0 what is told and kept of them.
+
+All random numbers of a run are functions of its seed and the global step or sample, and the samples of all
+steps so far are a prefix of one schedule. So a checkpoint that holds the weights, the optimizer and the step
+is the whole state, and on any number of workers the next step sees the images it would have seen anyway.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+
+from ctmsr import checkpoint
+from ctmsr.config import from_dict, to_dict
+from ctmsr.network import ConsistencyModel
+from ctmsr.perceptual import load_lpips
+from ctmsr.rng import sample_seed
+from ctmsr.train_state import TrainState, build_state, restore_state, start_from
+from ctmsr.train_step import Batch, check_finite, train_step
+
+from ..config.run_config import RunConfig
+from ..data.batches import Intake, make_batch
+from ..data.sample_order import rows_per_worker
+from ..infra.checkpoints import CheckpointWriter, fetched, newest
+from ..tracking.runs import git_commit
+from .reporting import Reporter
+
+LIBRARIES = ("torch", "ray", "numpy", "opencv-python-headless", "pillow", "lpips")
+"""Versions that a checkpoint records: another one may round or draw differently."""
+
+
+def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
+    """Trains from the newest checkpoint to the last step.
+
+    Args:
+        loop: "config" (RunConfig as a dict), "tracking_uri", "run_id", "progress" (queue), "num_pictures" and
+            "train_version".
+    """
+    config = from_dict(RunConfig, loop["config"])
+    context = ray.train.get_context()
+    num_workers = context.get_world_size()
+    device = ray.train.torch.get_device()
+    state, unsent = _initial_state(config)
+    lpips = load_lpips("vgg").to(device)
+    intake = Intake(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
+    leader = _Leader(config, loop, intake, unsent) if context.get_world_rank() == 0 else None
+    batches = _batches(config, num_workers, device, intake)
+    notice = None
+    while state.global_step < config.optim.total_steps:
+        started = time.monotonic()
+        batch = next(batches)
+        waited_s = time.monotonic() - started
+        _check_position(batch, state, config)
+        losses = train_step(state, batch, config.recipe, lpips, config.train.micro_batch_size)
+        if leader:
+            leader.reporter.count(waited_s)
+        done, is_preempted = state.global_step == config.optim.total_steps, False
+        if done or state.global_step % config.train.log_every_steps == 0:
+            means = _mean_over_workers(losses, batch.share)
+            if leader:
+                leader.reporter.tell(state, means)
+            before, notice = notice, ray.train.get_preemption_info()
+            is_preempted = notice is not None and notice != before
+        if done or is_preempted or state.global_step % config.train.checkpoint_every_steps == 0:
+            check_finite(state)
+            metrics = leader.keep(state, is_preempted and not done) if leader else {}
+            ray.train.report(metrics | {"step": state.global_step})
+    if leader:
+        leader.close()
+
+
+class _Leader:
+    """Rank 0's part: it tells how the run goes, and keeps checkpoints."""
+
+    def __init__(
+        self, config: RunConfig, loop: Mapping[str, Any], intake: Intake, unsent: list[dict[str, Any]]
+    ) -> None:
+        self._config, self._loop = config, loop
+        self.reporter = Reporter(config, loop, intake, unsent)
+        self._writer = CheckpointWriter(
+            config.run_uri,
+            num_kept=config.train.num_checkpoints_kept,
+            num_best_kept=config.train.num_best_kept,
+        )
+
+    def keep(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
+        """Scores the EMA weights and saves a checkpoint; when a node is about to go, saves at once."""
+        metrics = {} if is_preempted else self.reporter.evaluate(state)
+        meta = {
+            "step": state.global_step,
+            "samples_seen": state.global_step * self._config.train.global_batch_size,
+            "metrics": metrics,
+            "train_version": self._loop["train_version"],
+            "num_workers": ray.train.get_context().get_world_size(),
+            "commit": git_commit(),
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "unsent_metrics": self.reporter.unsent(),
+        }
+        self._writer.save(state, to_dict(self._config), meta)
+        if is_preempted:
+            self._writer.wait()
+        return metrics
+
+    def close(self) -> None:
+        """Waits for the last checkpoint, then for MLflow."""
+        self._writer.wait()
+        self.reporter.close()
+
+
+def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]:
+    """The newest checkpoint's state, else that of the run's start; and metrics that MLflow had not taken."""
+    torch.manual_seed(sample_seed(config.seed, "weights"))
+    network = ConsistencyModel(config.network)
+    network.bf16 = config.train.precision == "bf16"
+    network.model.recompute = config.train.activation_checkpointing
+    if config.train.use_gpu:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parallel = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
+    model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
+    assert isinstance(model, ConsistencyModel)
+    state, unsent = build_state(model, config.optim, parallel), []
+    if found := newest(config.run_uri):
+        with fetched(found.uri) as folder:
+            ema, _ = checkpoint.load_model(folder)
+            restore_state(state, ema, checkpoint.load_train_state(folder))
+        unsent = found.meta.get("unsent_metrics", [])
+    elif config.init_uri:
+        with fetched(config.init_uri) as folder:
+            ema, manifest = checkpoint.load_model(folder)
+            has_state = checkpoint.TRAIN_STATE_FILE in manifest.files
+            start_from(state, ema, checkpoint.load_train_state(folder) if has_state else {})
+    if config.train.compile:
+        state.model.model.compile()
+    return state, unsent
+
+
+def _batches(config: RunConfig, num_workers: int, device: torch.device, intake: Intake) -> Iterator[Batch]:
+    """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
+    shard, size = ray.train.get_dataset_shard("train"), config.train.global_batch_size
+    while True:
+        num_batches = 0
+        for rows in shard.iter_batches(
+            batch_size=rows_per_worker(size, num_workers), batch_format="numpy", drop_last=True
+        ):
+            num_batches += 1
+            intake.count(rows)
+            yield make_batch(rows, device, global_batch_size=size, num_workers=num_workers)
+        assert num_batches, "the stream ended before the run"
+
+
+def _check_position(batch: Batch, state: TrainState, config: RunConfig) -> None:
+    """The stream and the weights come from one checkpoint, unless a new one arrived between two looks.
+
+    Raises:
+        RuntimeError: They do not; starting the workers again mends it.
+    """
+    step = batch.samples[0] // config.train.global_batch_size
+    if batch.share and step != state.global_step:
+        raise RuntimeError(f"the data are those of step {step}, the weights of step {state.global_step}.")
+
+
+def _mean_over_workers(losses: Mapping[str, torch.Tensor], share: float) -> dict[str, float]:
+    """Means over the images of the whole batch; the norm of the gradient is the same everywhere."""
+    names = [name for name in losses if name != "grad_norm"]
+    sums = torch.stack(
+        [share * losses[name].double() for name in names] + [torch.tensor(share).to(losses[names[0]])]
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    *totals, shares = sums.tolist()
+    means = {name: total / max(shares, 1e-12) for name, total in zip(names, totals, strict=True)}
+    return means | {"grad_norm": losses["grad_norm"].item()}

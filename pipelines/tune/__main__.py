@@ -1,0 +1,45 @@
+"""Search the noise schedule: Ray Tune, each trial a training run. `python -m pipelines.tune --help`."""
+
+from ..config.command_line import config_parser, print_config, resolve
+from ..infra.cluster import ray_cluster
+from ..infra.exit_status import run
+from ..infra.progress import progress_line
+from .run import check_search, search
+from .space import check_space
+
+EXAMPLES = """\
+  three short trials on this machine:
+    python -m pipelines.tune --set name=first --set data.train_uri=photos/train --set data.val_uri=photos/val
+  then train with the best schedule:
+    python -m pipelines.train --config runs/first-tune/best.json
+  forty trials that aim by what the ones before scored, four at a time on the cluster of RAY_ADDRESS:
+    python -m pipelines.tune --preset published --set tune.method=tpe --set tune.num_trials=40 \\
+        --set tune.max_concurrent=4 --set name=wide --set storage_uri=s3://bucket/runs \\
+        --set data.train_uri=s3://bucket/train --set data.val_uri=s3://bucket/val --tracking-uri http://mlflow:5000
+
+The same command again continues a search that stopped: finished trials are kept, others go on from their last
+checkpoint, failed ones are tried again. --fresh starts over."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = config_parser("tune", __doc__ or "", EXAMPLES)
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what the search has done, and start over"
+    )
+    arguments = parser.parse_args(argv)
+    config = resolve(arguments)
+    if arguments.dry_run:
+        check_space(config)
+        return print_config(config)
+    inputs = check_search(config, fresh=arguments.fresh)
+    with ray_cluster(), progress_line() as progress:
+        found = search(config, inputs, progress, fresh=arguments.fresh)
+    print(found.report)
+    print(f"best config and plots: {found.config_uri.rpartition('/')[0]}")
+    print(f"next: python -m pipelines.train --config {found.config_uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,172 @@
+"""What a search tells at its end: a table, a sentence, and three plots."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ctmsr.schedule import trajectory_levels
+
+from ..config.run_config import RunConfig
+from .methods import Ranked, study_of
+from .space import is_inside, search_space, with_point
+
+_COLOURS = colormaps["viridis_r"]
+_LEAST_TRIALS = 4
+"""Of fewer, nothing can be said about what matters."""
+
+
+def table(trials: Sequence[Ranked]) -> str:
+    """The trials as lines of text, best first; the run's own point is marked `own`."""
+    keys = list(trials[0].trial.point)
+    names = [key.rpartition(".")[2] for key in keys]
+    header = "".join(f"{name:>{_width(name)}}" for name in names)
+    lines = [f"{'trial':<24}{header}{'steps':>8}{'LPIPS':>9}{'PSNR-Y dB':>11}{'objective':>11}"]
+    for one in trials:
+        mark = f"{'*' if one is trials[0] else ' '} {one.trial.name}{' (own)' if is_own(one) else ''}"
+        values = "".join(
+            f"{one.trial.point[key]:>{_width(name)}.4g}" for key, name in zip(keys, names, strict=True)
+        )
+        lines.append(
+            f"{mark:<24}{values}{one.step:>8}{one.score.lpips:>9.4f}{one.score.psnr_y:>11.2f}{one.objective:>11.4f}"
+        )
+    return "\n".join(lines)
+
+
+def verdict(config: RunConfig, trials: Sequence[Ranked]) -> str:
+    """One sentence: what the search gained over the run's own schedule, or that it gained nothing."""
+    tune, best = config.tune, trials[0]
+    own = next((one for one in trials if is_own(one)), None)
+    budget = f"at {tune.ct_steps} CT + {tune.dtm_steps} DTM steps, on data.val_uri"
+    if own is None:
+        return (
+            f"the run's own schedule failed, so there is nothing to compare {best.trial.name} with, {budget}."
+        )
+    if best is own:
+        return f"no trial was better than the run's own schedule, {budget}: best.json holds that one."
+    return (
+        f"{best.trial.name} is better than the run's own schedule, {budget}: objective {best.objective:.4f} "
+        f"against {own.objective:.4f}, LPIPS {best.score.lpips:.4f} against {own.score.lpips:.4f}, "
+        f"PSNR-Y {best.score.psnr_y:.2f} against {own.score.psnr_y:.2f} dB."
+    )
+
+
+def is_own(one: Ranked) -> bool:
+    """Whether it is the trial of the run's own schedule."""
+    return one.trial.number == 0
+
+
+def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:
+    """PNG files by name: the schedules tried, parallel coordinates, and how much each key matters."""
+    files = {"schedules.png": _schedules(config, trials), "parallel.png": _parallel(config, trials)}
+    if shares := importances(config, trials):
+        files["importance.png"] = _importance(shares)
+    return files
+
+
+def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]:
+    """How much each key tells whether a trial is in the better half of the ranking; they add up to 1.
+
+    PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) on ranks, as trials were scored at different steps. Of
+    a dozen trials it is a hint, no more; of fewer than four there is none.
+    """
+    space = search_space(config.tune)
+    trials = [one for one in trials if is_inside(one.trial.point, space)]
+    if len(trials) < _LEAST_TRIALS:
+        return {}
+    study = study_of(space, [(one.trial.point, float(rank)) for rank, one in enumerate(trials)])
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(space))
+
+
+def _schedules(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
+    """sigma_t and alpha_t over t, with a dot at every step of the curriculum's end."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    noise, residual = figure.subplots(1, 2)
+    t = np.linspace(0, 1, 101)
+    for one in reversed(trials):
+        schedule = with_point(config, one.trial.point).schedule
+        alphas, sigmas = trajectory_levels(schedule, schedule.s1)
+        for axes, levels, curve in (
+            (noise, sigmas, schedule.sigma_max * t**schedule.noise_rho),
+            (residual, alphas, t**schedule.res_rho),
+        ):
+            style = _style(trials, one)
+            axes.plot(t, curve, **style)
+            points = np.linspace(0, 1, len(levels)), levels.numpy()
+            axes.plot(*points, **style | {"linestyle": "none", "marker": "o", "markersize": 4})
+    noise.set(title="noise level", xlabel="t / N", ylabel="sigma_t")
+    residual.set(title="residual weight", xlabel="t / N", ylabel="alpha_t")
+    _add_colour_bar(figure, trials, [noise, residual])
+    return _png(figure)
+
+
+def _parallel(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
+    """A line a trial through its values, each axis from the least to the largest that was tried."""
+    keys = list(search_space(config.tune))
+    columns = [[float(one.trial.point[key]) for one in trials] for key in keys]
+    columns.append([one.objective for one in trials])
+    labels = [*(key.rpartition(".")[2] for key in keys), "objective"]
+    figure = Figure(figsize=(1.6 * len(labels) + 2, 4.5), layout="constrained")
+    axes = figure.subplots()
+    heights = np.array([_scaled(column) for column in columns])
+    for number, one in reversed(list(enumerate(trials))):
+        axes.plot(heights[:, number], **_style(trials, one))
+    ticks = [
+        f"{label}\n{min(column):.4g} to {max(column):.4g}"
+        for label, column in zip(labels, columns, strict=True)
+    ]
+    axes.set_xticks(range(len(labels)), ticks, fontsize=8)
+    axes.set(title="every trial; up is more", yticks=[])
+    axes.grid(axis="x")
+    _add_colour_bar(figure, trials, axes)
+    return _png(figure)
+
+
+def _importance(shares: dict[str, float]) -> bytes:
+    figure = Figure(figsize=(7, 0.45 * len(shares) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([key.rpartition(".")[2] for key in shares][::-1], list(shares.values())[::-1])
+    axes.set(title="importance of each key (PED-ANOVA on ranks)", xlim=(0, 1))
+    return _png(figure)
+
+
+def _style(trials: Sequence[Ranked], one: Ranked) -> dict[str, Any]:
+    """Colour by the objective; dotted where a trial was stopped, wide for the best."""
+    return {
+        "color": _COLOURS(_norm(trials)(one.objective)),
+        "linestyle": "-" if one.step == trials[0].step else ":",
+        "linewidth": 3.0 if one is trials[0] else 1.2,
+    }
+
+
+def _add_colour_bar(figure: Figure, trials: Sequence[Ranked], axes: Any) -> None:
+    bar = figure.colorbar(ScalarMappable(_norm(trials), _COLOURS), ax=axes)
+    bar.set_label("objective: less is better; dotted: stopped early")
+
+
+def _norm(trials: Sequence[Ranked]) -> Normalize:
+    values = [one.objective for one in trials]
+    return Normalize(min(values), max(max(values), min(values) + 1e-6))
+
+
+def _scaled(column: Sequence[float]) -> list[float]:
+    """From 0 to 1; one half where all are equal."""
+    low, high = min(column), max(column)
+    return [(value - low) / (high - low) if high > low else 0.5 for value in column]
+
+
+def _width(name: str) -> int:
+    return max(len(name), 8) + 2
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return stream.getvalue()

@@ -1,0 +1,114 @@
+"""What runs for a trial: a training run like any other, whose scores go to Ray Tune once they are stored.
+
+Only a checkpoint that is complete in storage counts, so what a search decides on is what it finds again after
+an interruption.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ray import tune
+from ray.util.queue import Queue
+
+from ctmsr.checkpoint import MANIFEST_FILE
+from ctmsr.config import flatten
+from ctmsr.errors import DataError, StoreError
+
+from ..config.run_config import RunConfig
+from ..infra.checkpoints import Stored, complete, fetched
+from ..infra.storage import delete_folder, list_sizes, upload_folder
+from ..train.retries import fit
+from ..train.run import Inputs, build_trainer, training_run
+from .methods import Score, Trial
+from .space import trial_config
+
+_POLL_S = 1.0
+
+
+def kept_scores(config: RunConfig, trial: Trial) -> dict[int, Score]:
+    """Scores by step of what a trial has done before.
+
+    A folder with another point, left by a search whose trials failed in another way, is deleted.
+
+    Raises:
+        StoreError: The store refuses or does not answer.
+    """
+    uri = trial_config(config, trial.point, trial.name).run_uri
+    stored = [one for one in complete(uri) if one.step > trial.start_step]
+    for one in stored:
+        values = flatten(one.config)
+        if any(values[key] != value for key, value in trial.point.items()):
+            delete_folder(uri)
+            return {}
+    return _scores(stored)
+
+
+def run_trial(
+    proposal: Mapping[str, Any], config: RunConfig, inputs: Inputs, progress: Queue, parent_run_id: str
+) -> None:
+    """Ray Tune's trainable.
+
+    Args:
+        proposal: The fields of a Trial.
+        config: Of the search.
+        inputs: Of the search.
+        progress: Of `progress_line`.
+        parent_run_id: The search's run in MLflow.
+    """
+    trial = Trial(**proposal)
+    run = trial_config(config, trial.point, trial.name)
+    if trial.parent and not any(complete(run.run_uri)):
+        _copy_checkpoint(f"{run.storage_uri}/{trial.parent}", trial.start_step, run.run_uri)
+    with training_run(run, inputs, parent_run_id) as run_id, _scores_told(run.run_uri):
+        fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress, is_trial=True)
+
+
+@contextmanager
+def _scores_told(run_uri: str) -> Iterator[None]:
+    """Reports every checkpoint's scores to Ray Tune once it is stored, for the length of a `with` block."""
+    done, told = threading.Event(), set[int]()
+
+    def tell() -> None:
+        for step, score in sorted(_scores(list(complete(run_uri))).items()):
+            if step not in told:
+                told.add(step)
+                tune.report({"step": step, "lpips": score.lpips, "psnr_y": score.psnr_y})
+
+    def watch() -> None:
+        seen: object = None
+        while not done.wait(_POLL_S):
+            try:
+                if (found := list_sizes(run_uri)) != seen:
+                    tell()
+                    seen = found
+            except StoreError:
+                continue  # the block's end asks again, and fails if the store still does
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    tell()
+
+
+def _scores(stored: list[Stored]) -> dict[int, Score]:
+    metrics = {one.step: one.meta["metrics"] for one in stored}
+    return {
+        step: Score(one["lpips"], one["psnr_y"])
+        for step, one in metrics.items()
+        if one  # saved in a hurry, before a node went
+    }
+
+
+def _copy_checkpoint(parent_uri: str, step: int, run_uri: str) -> None:
+    """Puts the parent's checkpoint of one step into a run's folder, from which the run then goes on."""
+    found = next((one for one in complete(parent_uri) if one.step == step), None)
+    if found is None:
+        raise DataError(f"there is no checkpoint of step {step} under {parent_uri}. Search with --fresh.")
+    with fetched(found.uri) as folder:
+        upload_folder(folder, f"{run_uri}/{found.uri.rpartition('/')[2]}", last=MANIFEST_FILE)

@@ -64,7 +64,8 @@ def pack(photos: Path, more: list[Path], into: Path, mib: float) -> int:
             into / "backbones" / f"{net}.safetensors",
         )
     package = find_spec("lpips")
-    assert package is not None and package.submodule_search_locations  # `pipelines.backbones` needs it too
+    assert package is not None  # a requirement
+    assert package.submodule_search_locations is not None
     for net in get_args(BackboneName):
         weights = Path("weights", "v0.1", f"{net}.pth")
         target = into / "packages" / "lpips" / weights
@@ -83,10 +84,7 @@ def _pack_training(folders: list[Path], into: Path, num_bytes: int) -> int:
     """Writes the pictures of the folders as JPEG, at the best quality whose sum fits; returns that."""
     into.mkdir(parents=True)
     paths = [
-        path
-        for folder in folders
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
+        path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES
     ]
     pictures = [cv2.cvtColor(decode(path.read_bytes(), name=str(path)), cv2.COLOR_RGB2BGR) for path in paths]
     low, high = 0, len(QUALITIES)

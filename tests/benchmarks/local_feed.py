@@ -1,4 +1,4 @@
-"""Training batches on one machine without Ray: photographs in memory, cores that degrade, a pool to draw from.
+"""Training batches on one machine without Ray: photographs in memory, cores that degrade, a pool of pairs.
 
 Photographs are decoded once. Forked processes fill a pool in shared memory: each draws a crop, flips or turns
 it, degrades it, and puts the pair into the next of its places, round after round. The trainer draws random

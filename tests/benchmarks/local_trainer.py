@@ -8,10 +8,11 @@ the network, DTM needs two more), so each phase is tried before a run's `optim` 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
+from torch import nn
 
-from ctmsr.losses import Distance
 from ctmsr.network import ConsistencyModel, NetworkConfig, bf16_copy
 from ctmsr.rng import sample_seed
 from ctmsr.train_state import TrainState, build_state, start_from, state_tensors
@@ -28,17 +29,35 @@ class LocalTrainer:
     """A network on a device, and what it costs to train it."""
 
     def __init__(
-        self, network: NetworkConfig, lpips: Distance, device: torch.device, *, bf16: bool, compiled: bool
+        self,
+        network: NetworkConfig,
+        lpips: nn.Module,
+        device: torch.device,
+        *,
+        bf16: bool,
+        compiled: bool,
+        by_cpu_time: bool = False,
     ) -> None:
-        """`bf16` computes the losses on a bf16 copy of the weights; `compiled` needs a first slow step."""
-        self.lpips, self.device = lpips, device
+        """Puts both networks on the device.
+
+        Args:
+            network: What is trained.
+            lpips: What it is trained with.
+            device: Where.
+            bf16: Whether losses are computed on a bf16 copy of the weights.
+            compiled: Whether both are compiled, in a first slow step.
+            by_cpu_time: Whether `clock` tells this process's CPU time, for CPUs that others share.
+        """
+        self.lpips, self.device, self._by_cpu_time = lpips.to(device), device, by_cpu_time
         self.model = ConsistencyModel(network).to(device)
         if device.type == "cuda":
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for module in (self.model, self.lpips):
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._working = bf16_copy(self.model) if bf16 else self.model
         self.is_compiled = compiled
         if compiled:
-            self._working.model.compile()
+            for module in (self._working.model, self.lpips):
+                module.compile(dynamic=False)
 
     def start(self, config: RunConfig, before: TrainState | None = None) -> TrainState:
         """A state at step 0: of the seed's weights, or where another run ended, optimizer and average too."""
@@ -61,23 +80,23 @@ class LocalTrainer:
             if not self.is_compiled:
                 raise
             self.is_compiled = False
-            self._working.model._compiled_call_impl = None
+            for module in (self._working.model, self.lpips):
+                module._compiled_call_impl = None
             self._time_steps(config, feed, first=0, num=2)
             return f"{type(error).__name__}: {error}".splitlines()[0]
         return ""
 
-    def fitted(
-        self, config: RunConfig, feed: LocalFeed, seconds: float, *, dtm_share: float = 0.0, trials: int = 12
-    ) -> RunConfig:
-        """The config with as many steps as fit into `seconds`, as `with_steps`, by the rate of each phase."""
-        ct_steps = round((1 - dtm_share) * TRIAL_STEPS)
+    def seconds_a_step(
+        self, config: RunConfig, feed: LocalFeed, *, dtm_share: float = 0.0, trials: int = 12
+    ) -> float:
+        """Mean over a run, by trying `trials` steps of each of its phases."""
         trial = with_steps(config, TRIAL_STEPS, dtm_share)
         hr_steps = round(trial.loss.hr_target_until * TRIAL_STEPS)
-        borders = sorted({0, min(hr_steps, ct_steps), ct_steps, TRIAL_STEPS})
-        mean_s = 0.0
-        for first, last in zip(borders, borders[1:], strict=False):
-            mean_s += (last - first) / TRIAL_STEPS * self._time_steps(trial, feed, first=first, num=trials)
-        return with_steps(config, max(2, int(seconds / mean_s)), dtm_share)
+        borders = sorted({0, min(hr_steps, trial.optim.ct_steps), trial.optim.ct_steps, TRIAL_STEPS})
+        return sum(
+            (last - first) / TRIAL_STEPS * self._time_steps(trial, feed, first=first, num=trials)
+            for first, last in pairwise(borders)
+        )
 
     def run(
         self,
@@ -98,11 +117,10 @@ class LocalTrainer:
         return state
 
     def clock(self) -> float:
-        """Seconds: of this process's CPU time on CPUs, where others share the cores; else of the wall."""
+        """Seconds, when the device has done what was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
+        return time.process_time() if self._by_cpu_time else time.perf_counter()
 
     def _time_steps(self, config: RunConfig, feed: LocalFeed, *, first: int, num: int) -> float:
         """Mean seconds of steps from `first` on, after two that are not counted; the state is dropped."""

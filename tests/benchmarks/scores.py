@@ -37,7 +37,10 @@ def held_out_pairs(
 ) -> list[Pair]:
     """The middle of every picture, degraded in `draws` ways that depend on its number alone."""
     return [
-        Pair(hr_u8, degrade(hr_u8, scale=scale, config=degradation, rng=sample_rng(draw, 0, str(i), "held out")))
+        Pair(
+            hr_u8,
+            degrade(hr_u8, scale=scale, config=degradation, rng=sample_rng(draw, 0, str(i), "held out")),
+        )
         for i, hr_u8 in enumerate(center_crop(photo, size, name="a photograph") for photo in photos)
         for draw in range(draws)
     ]

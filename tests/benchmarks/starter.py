@@ -1,8 +1,8 @@
-"""Networks for a model that anyone can run on a CPU, and what trains them: `python -m tests.benchmarks.starter`.
+"""Networks for a model that anyone can run on a CPU: `python -m tests.benchmarks.starter`.
 
 The command prints parameters and arithmetic of the candidates. 512x512 -> 2048x2048 is to take less than ten
-seconds on two cores, the interpreter's start included: about 0.4 TFLOP. What costs is the full resolution (the
-head alone is 0.2 M multiply-adds an LR pixel at 32 channels); parameters are cheap at the lower levels.
+seconds on two cores, the interpreter's start included: about 0.4 TFLOP. What costs is the full resolution
+(the head alone is 0.2 M multiply-adds an LR pixel at 32 channels); lower levels hold cheap parameters.
 """
 
 import argparse
@@ -47,7 +47,7 @@ CANDIDATES: dict[str, NetworkConfig] = {
 
 
 def starter(name: str = "even") -> RunConfig:
-    """A run that trains a candidate on the published degradation, with the HR picture as target throughout."""
+    """A run that trains a candidate on the published degradation, with the HR picture as target."""
     return RunConfig(
         name=f"starter-{name}",
         network=CANDIDATES[name],

@@ -6,6 +6,7 @@ number of workers: n workers on n parts of a batch compute what one worker compu
 
 import contextlib
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .losses import Distance
 from .objective import Batch, Recipe, compute_losses
 from .train_state import StepRecord, TrainState
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 
 _STEPS_UNCHECKED = 16
 """On a GPU, steps between two checks that gradients were finite."""
@@ -60,6 +63,22 @@ def train_step(
         state.optimizer.found_inf = (~torch.isfinite(norms)).any().float()  # type: ignore[attr-defined]
     state.update()
     return losses
+
+
+def compile_step(state: TrainState, lpips: nn.Module, mode: CompileMode = "default") -> None:
+    """Has the network and LPIPS compiled, when they are first called, for the shapes they then meet.
+
+    Prediction and target still share their dropout masks: each call draws its masks' seeds anew from the
+    generator that `compute_losses` seeds, also where CUDA graphs replay it.
+
+    Args:
+        state: Its `network` computes the same as before, but for rounding.
+        lpips: LPIPS-vgg.
+        mode: As `torch.compile` has it; "reduce-overhead" replays CUDA graphs, which helps where the network
+            is so small that the host does not keep up.
+    """
+    state.network.model.compile(mode=mode, dynamic=False)
+    lpips.compile(mode=mode, dynamic=False)
 
 
 def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import skimage.data
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,7 +106,7 @@ def test_bf16_moves_the_distance_and_its_gradient_by_little(noise: float) -> Non
     b = a + noise * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))
     found = []
     for precision in ("fp32", "bf16"):
-        lpips = load_lpips("vgg", precision)  # type: ignore[arg-type]
+        lpips = load_lpips("vgg", precision)
         a.requires_grad_()
         distance = lpips(a, b)
         (gradient,) = torch.autograd.grad(distance, a)

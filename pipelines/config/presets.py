@@ -107,6 +107,38 @@ def _mild_degradation() -> DegradationConfig:
     )
 
 
+def photo_degradation() -> DegradationConfig:
+    """What photographs on the web have been through: a soft lens, some noise, a resize or two, JPEG.
+
+    Milder than the published recipe: little of it is left where a picture is clean.
+    """
+    published = DegradationConfig()
+    return DegradationConfig(
+        stage1=replace(
+            published.stage1,
+            blur_sigma_px=(0.8, 3.2),
+            sinc_prob=0.05,
+            resize_up_prob=0.1,
+            resize_down_prob=0.3,
+            resize_range=(0.5, 1.2),
+            noise_std=(0.0, 12 / 255),
+            poisson_scale=(0.01, 0.8),
+            jpeg_prob=0.3,
+            jpeg_quality=(50.0, 95.0),
+        ),
+        stage2=replace(
+            published.stage2,
+            prob=0.15,
+            blur_sigma_px=(0.2, 0.8),
+            resize_range=(0.7, 1.2),
+            noise_std=(0.0, 6 / 255),
+            poisson_scale=(0.01, 0.3),
+        ),
+        final_sinc_prob=0.1,
+        final_jpeg_quality=(55.0, 100.0),
+    )
+
+
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     preset.__name__: preset for preset in (small, one_gpu, published, node, nodes)
 }

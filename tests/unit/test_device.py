@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from ctmsr.device import prefetch, upload
-from ctmsr.train_step import Batch
+from ctmsr.objective import Batch
 
 from ..tiny import make_batch
 

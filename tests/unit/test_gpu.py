@@ -19,10 +19,11 @@ from ctmsr.inference import InferenceConfig, upscale
 from ctmsr.metrics import psnr_y
 from ctmsr.network import ConsistencyModel, bf16_copy
 from ctmsr.noise import normal, position_noise
+from ctmsr.objective import Batch, compute_losses
 from ctmsr.perceptual import Lpips, load_lpips
 from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import TrainState, build_state
-from ctmsr.train_step import Batch, CompileMode, check_finite, compile_step, compute_losses, train_step
+from ctmsr.train_step import CompileMode, check_finite, compile_step, train_step
 
 from ..benchmarks.plain import PlainTraining
 from ..fixture_inputs import tensor

@@ -111,7 +111,7 @@ def test_pairs_that_do_not_match_are_named(
     with pytest.raises(DataError, match=rf"1 of 2 pictures under .*lr have no HR picture .*: {first}\.png"):
         find_held_out(data)
     (tmp_path / "lr" / f"{first}.jpg").touch()
-    with pytest.raises(DataError, match=rf"holds two pictures {first}\.\*"):
+    with pytest.raises(DataError, match=rf"has two pictures {first}\.\*"):
         find_held_out(data)
-    with pytest.raises(UserError, match="or both: nothing to test"):
+    with pytest.raises(UserError, match="or both: there is nothing to evaluate on"):
         find_held_out(replace(data, test_uri="", test_lq_uri=""))

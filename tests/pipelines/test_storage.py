@@ -96,7 +96,7 @@ def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
     uri = s3.make_bucket("guarded", {"a.png": b"1"})
     with (
         s3.as_a_stranger(),
-        pytest.raises(DataError, match=r"access is refused\. Check AWS_ACCESS_KEY_ID"),
+        pytest.raises(DataError, match=r"access is denied\. Check AWS_ACCESS_KEY_ID"),
     ):
         list_images(uri)
     assert len(list_images(uri)) == 1

@@ -153,8 +153,8 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),
         ("network=3", "network is a section, not a value."),
         ("seed", "--set takes key=value, such as schedule.noise_rho=3, got 'seed'."),
-        ("name=a/b", "name must be letters, digits"),
-        ("name=..", "name must be letters, digits"),
+        ("name=a/b", "name may have only letters, digits"),
+        ("name=..", "name may have only letters, digits"),
         ("data.eval_crop_size=66", "data.eval_crop_size (66) must be a multiple of network.scale (4)."),
         ("loss.dtm_t_max=0.2", "leave no step to compare"),
     ],
@@ -232,7 +232,7 @@ def test_test_pictures_that_cannot_be_used(refused: Refused, good: list[str], bu
 def test_credentials_that_are_refused(refused: Refused, good: list[str], s3: S3) -> None:
     with s3.as_a_stranger():
         message = refused(train, *good)
-    assert "access is refused. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+    assert "access is denied. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
 
 
 def test_a_store_that_is_not_there(

@@ -197,7 +197,7 @@ def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: P
         ("val", "s3://no-such-bucket/photos", "its bucket does not exist. Check the name"),
         ("train", "/no/such/folder", "/no/such/folder does not exist. Check the path."),
         ("train", "ftp://host/photos", "use s3://bucket/path, gs://bucket/path or a local path"),
-        ("train", "{bucket}/notes", "no image under {bucket}/notes (1 other files). Allowed suffixes: .png"),
+        ("train", "{bucket}/notes", "no image under {bucket}/notes (1 other files). Supported suffixes: .png"),
         ("train", "{bucket}/nothing", "no image under {bucket}/nothing (0 other files)"),
         (
             "train",
@@ -304,7 +304,7 @@ def test_a_checkpoint_that_cannot_be_used(
     Path(tmp_path, "model.pth").touch()
     for uri, message in (
         ("s3://commands/none", "s3://commands/none does not exist. Check the path."),
-        (f"{tmp_path}/model.pth", f"{tmp_path}/model.pth is a file, where a folder is needed"),
+        (f"{tmp_path}/model.pth", f"{tmp_path}/model.pth is a file, not a folder"),
         (f"{tmp_path}/damaged", f"checkpoint {tmp_path}/damaged is damaged: model.safetensors has 0 bytes"),
         (f"{tmp_path}/shape", f"checkpoint {tmp_path}/shape is of another shape than its config: model."),
     ):
@@ -343,5 +343,5 @@ def test_a_search_space_where_dtm_has_nothing_to_compare(refused: Refused) -> No
 
 
 def test_a_search_space_that_is_no_range(refused: Refused) -> None:
-    assert "tune.sigma_max must be a rising range" in refused(tune, "tune.sigma_max=[1, 0.5]")
-    assert "tune.sigma_max must be a rising range" in refused(tune, "tune.sigma_max=[1]")
+    assert "tune.sigma_max must be an increasing range" in refused(tune, "tune.sigma_max=[1, 0.5]")
+    assert "tune.sigma_max must be an increasing range" in refused(tune, "tune.sigma_max=[1]")

@@ -104,7 +104,7 @@ def test_pairs_that_do_not_match_are_named(
     (tmp_path / "hr" / f"{first}.png").write_bytes(encode_png(pairs[first][:-4]))
     held_out = find_held_out(data)
     with pytest.raises(
-        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times less"
+        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times smaller"
     ):
         evaluate(untrained.config, untrained.checkpoint_uri, held_out)
     (tmp_path / "hr" / f"{first}.png").rename(tmp_path / "hr" / "other.png")

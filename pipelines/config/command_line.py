@@ -1,4 +1,4 @@
-"""What every command line shares: preset, file and `--set` to a RunConfig, and `--dry-run`."""
+"""Options shared by the commands: from a preset, file and `--set` to a RunConfig, and `--dry-run`."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from .run_config import RunConfig
 
 
 def config_parser(module: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    """A parser with the options that choose a RunConfig."""
+    """A parser with the options that make up a RunConfig."""
     presets = "\n".join(
         f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
     )
@@ -34,10 +34,10 @@ def config_parser(module: str, summary: str, examples: str) -> argparse.Argument
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:
-    """The RunConfig that the arguments of a `config_parser` ask for.
+    """The RunConfig described by the arguments of a `config_parser`.
 
     Raises:
-        ConfigError: An unknown preset, an unreadable file, or a key or value that is not allowed.
+        ConfigError: The preset is unknown, the file unreadable, or a key or value invalid.
     """
     if arguments.config:
         data = _read_json(arguments.config)

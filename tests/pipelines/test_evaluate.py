@@ -104,14 +104,14 @@ def test_pairs_that_do_not_match_are_named(
     (tmp_path / "hr" / f"{first}.png").write_bytes(encode_png(pairs[first][:-4]))
     held_out = find_held_out(data)
     with pytest.raises(
-        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times less"
+        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times smaller"
     ):
         evaluate(untrained.config, untrained.checkpoint_uri, held_out)
     (tmp_path / "hr" / f"{first}.png").rename(tmp_path / "hr" / "other.png")
     with pytest.raises(DataError, match=rf"1 of 2 pictures under .*lr have no HR picture .*: {first}\.png"):
         find_held_out(data)
     (tmp_path / "lr" / f"{first}.jpg").touch()
-    with pytest.raises(DataError, match=rf"holds two pictures {first}\.\*"):
+    with pytest.raises(DataError, match=rf"has two pictures {first}\.\*"):
         find_held_out(data)
-    with pytest.raises(UserError, match="or both: nothing to test"):
+    with pytest.raises(UserError, match="or both: there is nothing to evaluate on"):
         find_held_out(replace(data, test_uri="", test_lq_uri=""))

@@ -275,7 +275,7 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
     intact = replace(inputs, val=find_pictures(trained.config.data.val_uri))
     run_to_end(tolerant, intact)
     assert find(tolerant.run_uri).step == TOTAL_STEPS
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: left out")]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: skipped")]
     assert told
     assert all("breaking/photos/coffee.png is not a readable picture" in line for line in told)
     with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):

@@ -91,8 +91,9 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
         out = self.proj(out.transpose(1, 2).reshape(-1, win * win, c))
-        out = out.reshape(n, rows, columns, win, win, c).permute(0, 5, 1, 3, 2, 4)
-        return out.reshape(n, c, h, w)
+        # (n, rows, win, columns, win, c) -> (n, c, h, w), channels last in memory, as GPUs like them
+        out = out.reshape(n, rows, columns, win, win, c).transpose(2, 3)
+        return out.reshape(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _relative_positions(window: int) -> Tensor:

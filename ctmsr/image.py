@@ -184,6 +184,18 @@ def paired_crop(
     return hr_u8[rows, columns], lq_u8[lq_rows, lq_columns]
 
 
+def random_flip(*images_u8: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """The pictures as they are or, at even odds, all mirrored left to right, as views.
+
+    For training crops, after the cut: an HR crop before it is degraded, or a pair together.
+
+    Args:
+        images_u8: uint8 HWC, of any sizes.
+        rng: Source of the one decision, such as `sample_rng(seed, epoch, key, "flip")`.
+    """
+    return tuple(image[:, ::-1] for image in images_u8) if rng.random() < 0.5 else images_u8
+
+
 def _reflect_to(hr_u8: np.ndarray, size: int, name: str) -> np.ndarray:
     height, width = hr_u8.shape[:2]
     if min(height, width) < size // 2 + 1:

@@ -1,7 +1,8 @@
 """One-step super-resolution of one picture of any size, tiling included."""
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 from .config import check
 from .image import to_tensor, to_u8, upsample
 from .network import ConsistencyModel
-from .rng import sample_seed
+from .noise import NoiseVersion, position_noise
 
-NOISE_BLOCK_PX = 256  # part of what a seed means: another value is another noise field
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,17 @@ class InferenceConfig:
     """Above 0: structures wider than a Gaussian of this deviation, in LQ pixels, keep the input's colour."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's arithmetic: bf16 is faster on GPUs, and moves pixels by about one level of 255."""
+    batch_tiles: int = 1
+    """Tiles of one network call; more is faster on a GPU that a single tile does not fill."""
+    noise_version: NoiseVersion = 2
+    """Of the noise that a seed means; models of before 0.2 were released with 1."""
 
     def __post_init__(self) -> None:
         check(
             0 <= self.colour_hold_px <= 64,
             f"inference.colour_hold_px must be in [0, 64], got {self.colour_hold_px}.",
         )
+        check(self.batch_tiles >= 1, f"inference.batch_tiles must be at least 1, got {self.batch_tiles}.")
 
 
 @torch.inference_mode()
@@ -53,8 +59,12 @@ def upscale(
     view. The published inference averages overlaps evenly; here they are cross-faded, which leaves no step
     where a tile begins.
 
+    Where a GPU's memory does not suffice, it is tried again with half the tiles a call, at last with smaller
+    tiles, and a warning says which setting would have done.
+
     Args:
-        model: In eval mode; the work is done on the device of its parameters.
+        model: In eval mode; the work is done on the device of its parameters. For many pictures on a GPU:
+            `bf16_copy(model).to(memory_format=torch.channels_last)`.
         lq_u8: uint8 (h, w, 3), RGB, sides from 1 up.
         sigma_max: Noise level of the trajectory's LR end that the model was trained with.
         seed: Picks the noise; the same seed gives the same picture.
@@ -66,6 +76,7 @@ def upscale(
     Raises:
         ValueError: The array is not such a picture, or `model` is in training mode.
         ConfigError: The tile does not exceed the overlap by the network's multiple.
+        OutOfMemoryError: One smallest tile is too much for the GPU.
     """
     if lq_u8.dtype != np.uint8 or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
         raise ValueError(f"lq_u8 must be uint8 of shape (h, w, 3), got {lq_u8.dtype} {lq_u8.shape}.")
@@ -73,30 +84,82 @@ def upscale(
         raise ValueError(
             "the model is in training mode, its dropout would change the picture. Call model.eval()."
         )
+    fitting = config
+    while True:
+        try:
+            sr = _upscaled(model, lq_u8, sigma_max, seed, fitting)
+            break
+        except torch.OutOfMemoryError:
+            smaller = _smaller(fitting, model.config.multiple, max(lq_u8.shape))
+            if smaller is None:
+                raise
+        fitting = smaller  # out of the handler, whose traceback holds on to the memory
+    if fitting != config:
+        logger.warning(
+            "the GPU's memory did not suffice for inference.tile=%d, inference.batch_tiles=%d; it did for "
+            "inference.tile=%d, inference.batch_tiles=%d. Set these to save the attempts.",
+            *(config.tile, config.batch_tiles, fitting.tile, fitting.batch_tiles),
+        )
+    sr_u8: np.ndarray = to_u8(sr[None])[0]
+    return sr_u8
+
+
+def _upscaled(
+    model: ConsistencyModel, lq_u8: np.ndarray, sigma_max: float, seed: int, config: InferenceConfig
+) -> Tensor:
+    """(3, scale·h, scale·w) in about [-1, 1], on the model's device."""
     scale, multiple = model.config.scale, model.config.multiple
+    weights = next(model.parameters())
+    device = weights.device
     height, width = lq_u8.shape[:2]
     padding = ((0, -height % multiple), (0, -width % multiple), (0, 0))
-    lq = to_tensor(np.pad(lq_u8, padding, mode="reflect")[None])  # a side of 1 repeats its pixel
+    padded = np.pad(lq_u8, padding, mode="reflect")[None]  # a side of 1 repeats its pixel
+    lq = to_tensor(torch.from_numpy(padded).to(device))
     lq_up = upsample(lq, scale)
-    sigma = torch.tensor([sigma_max], dtype=torch.float32)
-    device = next(model.parameters()).device
     rows, columns = (
         tile_spans(side, tile=config.tile, overlap=config.overlap, multiple=multiple) for side in lq.shape[2:]
     )
-    sr = torch.empty_like(lq_up[0])
-    for top, bottom in rows:
-        band = torch.empty_like(sr[:, scale * top : scale * bottom])
-        for left, right in columns:
-            y, x = slice(scale * top, scale * bottom), slice(scale * left, scale * right)
-            x_t = lq_up[:, :, y, x] + sigma_max * position_noise(seed, y, x)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                out = model(x_t.to(device), sigma.to(device), lq[:, :, top:bottom, left:right].to(device))
-            _cross_fade(band, out[0].cpu(), scale * left, scale * config.overlap, axis=2)
-        _cross_fade(sr, band, scale * top, scale * config.overlap, axis=1)
+    places = [(slice(*row), slice(*column)) for row in rows for column in columns]
+    casts = config.precision == "bf16" and weights.dtype == torch.float32
+    sr, band = torch.empty_like(lq_up[0]), torch.empty(0)
+    for first in range(0, len(places), config.batch_tiles):
+        some = places[first : first + config.batch_tiles]  # all are of one size
+        x_t = torch.cat([_noisy(lq_up, place, scale, sigma_max, seed, config) for place in some])
+        sigma = torch.full((1,), sigma_max, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=casts):
+            outs = model(x_t, sigma, torch.cat([lq[:, :, row, column] for row, column in some]))
+        for (row, column), out in zip(some, outs, strict=True):
+            if column.start == 0:
+                band = torch.empty_like(sr[:, : out.shape[1]])
+            _cross_fade(band, out, scale * column.start, scale * config.overlap, axis=2)
+            if scale * column.stop == band.shape[2]:
+                _cross_fade(sr, band, scale * row.start, scale * config.overlap, axis=1)
     if config.colour_hold_px:
         sr += _low_pass(lq_up[0] - sr, scale * config.colour_hold_px)
-    sr_u8: np.ndarray = to_u8(sr[None, :, : scale * height, : scale * width])[0]
-    return sr_u8
+    return sr[:, : scale * height, : scale * width]
+
+
+def _noisy(
+    lq_up: Tensor,
+    place: tuple[slice, slice],
+    scale: int,
+    sigma_max: float,
+    seed: int,
+    config: InferenceConfig,
+) -> Tensor:
+    """x_t of one tile, (1, 3, scale·h, scale·w)."""
+    y, x = (slice(scale * span.start, scale * span.stop) for span in place)
+    return lq_up[:, :, y, x] + sigma_max * position_noise(seed, y, x, lq_up.device, config.noise_version)
+
+
+def _smaller(config: InferenceConfig, multiple: int, side: int) -> InferenceConfig | None:
+    """The next to try for a picture of `side` where memory did not suffice; None if there is none."""
+    if config.batch_tiles > 1:
+        return replace(config, batch_tiles=config.batch_tiles // 2)
+    tile = min(config.tile, side + -side % multiple)
+    least = -(-config.overlap // multiple) * multiple + multiple
+    half = max(tile // 2 // multiple * multiple, least)
+    return replace(config, tile=half) if half < tile // multiple * multiple else None
 
 
 def tile_spans(side: int, *, tile: int, overlap: int, multiple: int) -> list[tuple[int, int]]:
@@ -124,41 +187,13 @@ def tile_spans(side: int, *, tile: int, overlap: int, multiple: int) -> list[tup
     return [(start, start + size) for start in starts]
 
 
-def position_noise(seed: int, rows: slice, columns: slice) -> Tensor:
-    """Standard normal noise that depends on the seed and the position alone, not on how a picture is cut.
-
-    Args:
-        seed: The picture's seed.
-        rows: First and past-the-end row in HR pixels.
-        columns: First and past-the-end column in HR pixels.
-
-    Returns:
-        float32 (3, rows, columns).
-    """
-    first_row, first_column = rows.start // NOISE_BLOCK_PX, columns.start // NOISE_BLOCK_PX
-    blocks = [
-        torch.cat(
-            [_noise_block(seed, r, c) for c in range(first_column, -(-columns.stop // NOISE_BLOCK_PX))], dim=2
-        )
-        for r in range(first_row, -(-rows.stop // NOISE_BLOCK_PX))
-    ]
-    top, left = first_row * NOISE_BLOCK_PX, first_column * NOISE_BLOCK_PX
-    noise = torch.cat(blocks, dim=1)
-    return noise[:, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-
-
-def _noise_block(seed: int, row: int, column: int) -> Tensor:
-    generator = torch.Generator().manual_seed(sample_seed(seed, row, column))
-    return torch.randn(3, NOISE_BLOCK_PX, NOISE_BLOCK_PX, generator=generator)
-
-
 def _cross_fade(canvas: Tensor, piece: Tensor, start: int, overlap: int, *, axis: int) -> None:
     """Writes `piece` into `canvas` from `start` along `axis`, fading over within the first `overlap`.
 
     Where both agree the result is exactly what both say: lerp adds a multiple of their difference.
     """
     overlap = overlap if start else 0
-    weight = (torch.arange(overlap) + 0.5) / max(1, overlap)
+    weight = (torch.arange(overlap, device=canvas.device) + 0.5) / max(1, overlap)
     weight = weight.reshape([overlap if i == axis else 1 for i in range(piece.ndim)])
     seam = canvas.narrow(axis, start, overlap)
     seam.lerp_(piece.narrow(axis, 0, overlap), weight.expand_as(seam))
@@ -169,7 +204,8 @@ def _cross_fade(canvas: Tensor, piece: Tensor, start: int, overlap: int, *, axis
 def _low_pass(image: Tensor, std_px: float) -> Tensor:
     """Gaussian blur of (C, H, W), cut at three standard deviations, the edge pixels repeated outwards."""
     radius = math.ceil(3 * std_px)
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / std_px) ** 2)
+    offsets = torch.arange(-radius, radius + 1, device=image.device)
+    weights = torch.exp(-0.5 * (offsets / std_px) ** 2)
     weights = (weights / weights.sum()).reshape(1, 1, 1, -1)
     for _ in range(2):  # along the rows, then, transposed, along the columns
         image = F.conv2d(F.pad(image[:, None], (radius, radius, 0, 0), mode="replicate"), weights)[:, 0].mT

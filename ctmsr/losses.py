@@ -1,8 +1,12 @@
-"""The objectives: consistency training (CT) and distribution trajectory matching (DTM). Pure functions."""
+"""The objectives: consistency training (CT), trajectory alignment, distribution trajectory matching (DTM).
+
+Pure functions of pictures and a perceptual distance; what is drawn at random is drawn in `objective`.
+"""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +28,20 @@ class LossConfig:
     """Weight of LPIPS, in CT and as a factor of DTM; more favours texture over fidelity."""
     charbonnier_weight: float = 0.5
     """Weight of the Charbonnier distance in CT; more favours fidelity (PSNR)."""
+    lpips_net: Literal["vgg", "alex"] = "vgg"
+    """Network of LPIPS in training; alex is far cheaper than vgg, and what the scores are measured with."""
+    lpips_crop: float = 1.0
+    """Side of the crop that LPIPS compares, as a share of the picture's; 0.5 costs a quarter, 1 is all."""
+    lpips_zoom: float = 1.0
+    """Factor up to which the crop for LPIPS is shrunk or enlarged at random; 1 leaves its pixels alone."""
+    hr_target_until: float = 0.0
+    """Share of the run in which CT's target is the HR picture at every step; 1 is regression, without CT."""
+    steps: Literal["all", "last"] = "all"
+    """Steps of the trajectory to train; last is that of inference alone, and needs hr_target_until=1."""
+    step_per_image: bool = False
+    """Whether every image draws a step of its own, instead of one for the whole batch."""
+    alignment_weight: float = 0.0
+    """Weight of the trajectory alignment, times those of LPIPS and Charbonnier; GTASR's is 1."""
     dtm_weight: float = 1.6
     """Weight of DTM beside CT in phase 2, times lpips_weight; more favours realism."""
     dtm_t_min: float = 0.1
@@ -32,9 +50,20 @@ class LossConfig:
     """Upper end of the trajectory positions that DTM compares, as a share of its length."""
 
     def __post_init__(self) -> None:
-        for name in ("lpips_weight", "charbonnier_weight", "dtm_weight"):
+        for name in ("lpips_weight", "charbonnier_weight", "alignment_weight", "dtm_weight"):
             weight = getattr(self, name)
             check(weight >= 0, f"loss.{name} must be at least 0, got {weight}.")
+        check(0 < self.lpips_crop <= 1, f"loss.lpips_crop must be in (0, 1], got {self.lpips_crop}.")
+        check(1 <= self.lpips_zoom <= 4, f"loss.lpips_zoom must be in [1, 4], got {self.lpips_zoom}.")
+        check(
+            0 <= self.hr_target_until <= 1,
+            f"loss.hr_target_until must be in [0, 1], got {self.hr_target_until}.",
+        )
+        check(
+            self.steps == "all" or self.hr_target_until == 1,
+            "loss.steps=last takes the HR picture as its target, as no other step is trained: set "
+            f"loss.hr_target_until=1 as well, got {self.hr_target_until}.",
+        )
         check(
             0 <= self.dtm_t_min < self.dtm_t_max <= 1,
             f"loss.dtm_t_min and loss.dtm_t_max must satisfy 0 <= min < max <= 1, "
@@ -62,6 +91,45 @@ def consistency_loss(pred: Tensor, target: Tensor, lpips: Distance, config: Loss
     perceptual, pixel = lpips(pred, target).mean(), charbonnier(pred, target)
     loss = config.lpips_weight * perceptual + config.charbonnier_weight * pixel
     return {"lpips": perceptual, "charbonnier": pixel, "ct_loss": loss}
+
+
+def alignment_loss(
+    sr: Tensor,
+    hr: Tensor,
+    lq_up: Tensor,
+    noise: Tensor,
+    *,
+    alpha: Tensor,
+    sigma: Tensor,
+    num_steps: int,
+    lpips: Distance,
+    config: LossConfig,
+) -> Tensor:
+    """L_TA = 0.5 (N - 1) [0.5 LPIPS(z_t, x_t) + 0.5 Charbonnier(z_t, x_t)], GTASR, arXiv:2602.24240.
+
+    Compares the trajectory that starts at the prediction o = sr with that of the HR image, at one t and with
+    one noise for both: z_t - x_t = (1 - alpha_t)(o - x_0). GTASR sums over t = 1 ... N-1; here the caller
+    draws one of them, uniformly, and N - 1 keeps the expectation. The weights in the brackets are those of
+    CT. No network is called, and the gradient reaches `sr` alone.
+
+    Args:
+        sr: o, the CT prediction, (N, 3, H, W), with gradient.
+        hr: x_0, same shape.
+        lq_up: y_0, the LR images at HR size.
+        noise: Standard normal, same shape, another draw than CT's.
+        alpha: Residual weight of t, (N,).
+        sigma: Noise level of t, (N,).
+        num_steps: N, the length of the trajectory, at least 2.
+        lpips: Perceptual distance.
+        config: Weights.
+
+    Returns:
+        A scalar.
+    """
+    z_t = trajectory_point(sr, lq_up, noise, alpha, sigma)
+    x_t = trajectory_point(hr, lq_up, noise, alpha, sigma)
+    distance = consistency_loss(z_t, x_t, lpips, config)["ct_loss"]
+    return config.alignment_weight * 0.5 * (num_steps - 1) * distance
 
 
 def dtm_range(config: LossConfig, num_steps: int) -> tuple[int, int]:

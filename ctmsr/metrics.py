@@ -1,9 +1,10 @@
-"""PSNR, SSIM and LPIPS of one super-resolved image against its ground truth.
+"""PSNR, SSIM, LPIPS and colour error of one super-resolved image against its ground truth.
 
 PSNR and SSIM are taken on luma, as super-resolution papers report them: ITU-R BT.601 Y in studio range
 (16..235 for black..white, MATLAB's `rgb2ycbcr`), unrounded, against a peak of 255.
 """
 
+import cv2
 import numpy as np
 import torch
 from skimage.color import rgb2ycbcr
@@ -67,13 +68,37 @@ def lpips_alex(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Lpips) -> float:
     Raises:
         ValueError: The images are of other kinds or of unequal shapes.
     """
-    for image_u8 in (sr_u8, hr_u8):
-        _check_rgb_u8(image_u8)
-    if sr_u8.shape != hr_u8.shape:
-        raise ValueError(f"sr_u8 and hr_u8 must have one shape, got {sr_u8.shape} and {hr_u8.shape}.")
+    check_pair(sr_u8, hr_u8)
     device = next(net.parameters()).device
     with torch.inference_mode():
         return net(to_tensor(sr_u8[None]).to(device), to_tensor(hr_u8[None]).to(device)).item()
+
+
+def colour_error(sr_u8: np.ndarray, reference_u8: np.ndarray, *, blur_sigma_px: float = 8.0) -> float:
+    """Mean absolute difference of low frequencies, in levels of 0..255: a colour cast or uneven brightness.
+
+    Args:
+        sr_u8: uint8 HWC RGB.
+        reference_u8: The ground truth, or the LR picture: of the same shape, or with each side k times
+            smaller, in which case `sr_u8` is averaged over k x k pixels first.
+        blur_sigma_px: Width of the Gaussian that leaves low frequencies, in pixels of `sr_u8`. The default is
+            two LR pixels at x4.
+
+    Raises:
+        ValueError: The images are of other kinds, or their sides do not match.
+    """
+    for image_u8 in (sr_u8, reference_u8):
+        _check_rgb_u8(image_u8)
+    (height, width), (low_height, low_width) = sr_u8.shape[:2], reference_u8.shape[:2]
+    k = max(1, height // low_height)
+    if (height, width) != (k * low_height, k * low_width):
+        raise ValueError(
+            f"reference_u8 must have the shape of sr_u8, {sr_u8.shape}, or a whole number of times less on "
+            f"each side, got {reference_u8.shape}."
+        )
+    sr = sr_u8.reshape(low_height, k, low_width, k, 3).mean(axis=(1, 3))
+    low = cv2.GaussianBlur(sr - reference_u8, (0, 0), blur_sigma_px / k, borderType=cv2.BORDER_REPLICATE)
+    return float(np.abs(low).mean())
 
 
 def luma(image_u8: np.ndarray, crop_border: int) -> np.ndarray:
@@ -86,6 +111,18 @@ def luma(image_u8: np.ndarray, crop_border: int) -> np.ndarray:
         )
     inside = image_u8[crop_border : height - crop_border, crop_border : width - crop_border]
     return rgb2ycbcr(inside)[..., 0]
+
+
+def check_pair(sr_u8: np.ndarray, hr_u8: np.ndarray) -> None:
+    """Refuses what the metrics of two pictures cannot take.
+
+    Raises:
+        ValueError: One is not uint8 HWC RGB, or their shapes differ.
+    """
+    for image_u8 in (sr_u8, hr_u8):
+        _check_rgb_u8(image_u8)
+    if sr_u8.shape != hr_u8.shape:
+        raise ValueError(f"sr_u8 and hr_u8 must have one shape, got {sr_u8.shape} and {hr_u8.shape}.")
 
 
 def _check_rgb_u8(image_u8: np.ndarray) -> None:

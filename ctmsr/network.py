@@ -4,6 +4,7 @@ Module names follow the authors' checkpoint (`model.enc.64x64_block0.conv0.weigh
 published weights load entry by entry. The blocks are DDPM++ (EDM) residual blocks with window attention.
 """
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class NetworkConfig:
     lq_size: int = 64
     """Side of the LQ crop in training, in pixels; it also names the levels of the U-Net."""
     model_channels: int = 192
-    """Channels of the first level; a multiple of 32."""
+    """Channels of the first level; a multiple of 16."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level as a multiple of model_channels; each level halves the side."""
     num_blocks: int = 4
@@ -52,8 +53,8 @@ class NetworkConfig:
             f"network.channel_mult must hold whole numbers from 1 up, got {self.channel_mult}.",
         )
         check(
-            self.model_channels % 32 == 0,
-            f"network.model_channels must be a multiple of 32 (norm groups), got {self.model_channels}.",
+            self.model_channels % 16 == 0,
+            f"network.model_channels must be a multiple of 16 (norm groups), got {self.model_channels}.",
         )
         check(
             self.embed_dim % 32 == 0,
@@ -88,7 +89,8 @@ class ConsistencyModel(nn.Module):
         super().__init__()
         self.config = config
         self.bf16 = False
-        """Whether F computes in bfloat16 where that is safe (autocast); weights and results stay float32."""
+        """Whether F computes in bfloat16 where that is safe (autocast); weights and results stay float32.
+        `bf16_copy` does the same faster, where the weights are used more often than they change."""
         self.model = UNet(config)
 
     def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
@@ -106,6 +108,18 @@ class ConsistencyModel(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             raw = self.model(x, c_noise, lq)
         return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
+
+
+def bf16_copy(model: ConsistencyModel) -> ConsistencyModel:
+    """A copy that computes F in bfloat16 throughout, on parameters that are bfloat16: nothing is cast.
+
+    Norms take their statistics in float32. What goes in and comes out of it is float32, as of the model.
+    """
+    result = copy.deepcopy(model)
+    result.bf16 = False
+    for parameter in result.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return result
 
 
 class UNet(nn.Module):
@@ -174,10 +188,11 @@ class UNet(nn.Module):
         return layers
 
     def forward(self, x: Tensor, c_noise: Tensor, lq: Tensor) -> Tensor:
-        """(N, 3, scale·h, scale·w), (N,), (N, 3, h, w) -> (N, 3, scale·h, scale·w)."""
-        emb = _sinusoidal(c_noise, self.map_layer0.in_features)
+        """(N, 3, scale·h, scale·w), (N,), (N, 3, h, w) -> (N, 3, scale·h, scale·w), in the weights' type."""
+        dtype = self.conv_last.weight.dtype
+        emb = _sinusoidal(c_noise, self.map_layer0.in_features).to(dtype)
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-        h = torch.cat([F.pixel_unshuffle(x, self.scale), lq], dim=1)
+        h = torch.cat([F.pixel_unshuffle(x, self.scale), lq], dim=1).to(dtype)
         skips = []
         for layer in self.enc.values():
             h = self._block(layer, h, emb) if isinstance(layer, ResidualBlock) else layer(h)
@@ -259,7 +274,8 @@ class ResampledConv(nn.Conv2d):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    """The published min(32, C/4) groups where they divide C, else the most that divide both."""
+    return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps=1e-6)
 
 
 def _level_name(c: NetworkConfig, level: int) -> str:

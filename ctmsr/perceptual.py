@@ -1,17 +1,16 @@
 """LPIPS, the perceptual distance of the losses (VGG) and of the reported metric (AlexNet).
 
-Zhang et al. 2018 (arXiv:1801.03924), computed by the `lpips` package with version 0.1 of its linear layers.
-The ImageNet backbones come from a local cache that `python -m pipelines.backbones` fills: nothing is
-downloaded here.
+Zhang et al. 2018 (arXiv:1801.03924), with version 0.1 of its linear layers, which the `lpips` package
+carries; the rest of that package is not used. The ImageNet backbones come from a local cache that
+`python -m pipelines.backbones` fills: nothing is downloaded here.
 """
 
 import hashlib
 import os
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from safetensors.torch import load_file
@@ -29,14 +28,37 @@ BACKBONE_SHA256: dict[BackboneName, str] = {
 
 
 class Lpips(nn.Module):
-    """LPIPS between two image batches: frozen, always in eval mode, always in float32."""
+    """LPIPS between two image batches: frozen, always in eval mode.
 
-    distance: Any
-    """`lpips.LPIPS`, which carries no types."""
+    `.to(device, memory_format=torch.channels_last)` is its fastest layout on a GPU.
+    """
 
-    def __init__(self, distance: nn.Module) -> None:
+    shift: Tensor
+    scale: Tensor
+    features: nn.Sequential
+    """As torchvision numbers them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], precision: Literal["fp32", "bf16"] = "fp32") -> None:
+        """From the tensors of `lpips_tensors`, in float32 or float16.
+
+        Args:
+            tensors: They say which backbone it is.
+            precision: Of the backbone's convolutions: bf16 moves VGG's distance by less than 0.5 %; what
+                follows them is float32.
+        """
         super().__init__()
-        self.distance = distance.requires_grad_(False).eval()
+        with torch.device("meta"):  # so that nothing is drawn from the caller's random state
+            self.features, self.compared = _vgg16() if "features.28.weight" in tensors else _alexnet()
+            self.lins = nn.ModuleList(
+                nn.Conv2d(tensors[f"lins.{i}.weight"].shape[1], 1, 1, bias=False) for i in range(5)
+            )
+        self.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
+        self.features.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        # From [-1, 1] to the statistics that the backbones were trained with.
+        shift, scale = [-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]
+        self.register_buffer("shift", torch.tensor(shift)[None, :, None, None])
+        self.register_buffer("scale", torch.tensor(scale)[None, :, None, None])
+        self.requires_grad_(False).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Distance per image; a batch that carries no gradient is not recorded for one.
@@ -69,52 +91,56 @@ class Lpips(nn.Module):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Unit vectors over channels at every position, of every layer compared."""
-        from lpips import normalize_tensor  # not at the top: see `_define_missing_torchvision_ops`
-
         with torch.autocast(images.device.type, enabled=False):
-            layers = self.distance.net(self.distance.scaling_layer(images.float()))
-            return [normalize_tensor(layer) for layer in layers]
+            h = ((images.float() - self.shift) / self.scale).to(next(self.features.parameters()).dtype)
+            layers = []
+            for number, layer in enumerate(self.features):
+                h = layer(h)
+                if number in self.compared:
+                    layers.append(h)
+            return [_unit(layer.float()) for layer in layers]
 
     def _between(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """The forward of `lpips.LPIPS`, from its features on: its own computes those of `a` for every `b`."""
         with torch.autocast(a[0].device.type, enabled=False):
             parts = [
-                linear((x - y) ** 2).mean(dim=(2, 3))
-                for linear, x, y in zip(self.distance.lins, a, b, strict=True)
+                linear((x - y) ** 2).mean(dim=(2, 3)) for linear, x, y in zip(self.lins, a, b, strict=True)
             ]
         return sum(parts[1:], start=parts[0]).flatten()
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode, so that a parent's `train()` does not wake the dropout in the linear layers."""
+        """Stay in eval mode, whatever a parent's `train()` says."""
         return super().train(False)
 
 
-def load_lpips(net: BackboneName) -> Lpips:
+def load_lpips(net: BackboneName, precision: Literal["fp32", "bf16"] = "fp32") -> Lpips:
     """LPIPS with its backbone from the cache, on the CPU.
 
     Args:
         net: "vgg" for training losses, "alex" for the metric that the field reports.
+        precision: As of `Lpips`.
 
     Raises:
-        UserError: The backbone is not in the cache, or its file is damaged.
+        UserError: The backbone is not in the cache, or its file is damaged, or the package is missing.
     """
-    backbone = _read_backbone(net)
-    _define_missing_torchvision_ops()
-    import lpips
+    return Lpips(lpips_tensors(net), precision)
 
-    # On the meta device nothing is drawn from the caller's random state, and nothing is held for the
-    # classifier that torchvision builds and lpips drops.
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")
-        distance = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
-    linear = torch.load(
-        Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", map_location="cpu", weights_only=True
-    )
-    distance.load_state_dict(linear, strict=False, assign=True)
-    # lpips cuts the backbone into slices: `slice2.5.weight` is torchvision's `features.5.weight`.
-    names = {name: f"features.{name.split('.', 1)[1]}" for name in distance.net.state_dict()}
-    distance.net.load_state_dict({name: backbone[source] for name, source in names.items()}, assign=True)
-    return Lpips(distance)
+
+def lpips_tensors(net: BackboneName) -> dict[str, Tensor]:
+    """All that `Lpips` is made from: it carries LPIPS to where neither cache nor package is.
+
+    Returns:
+        float32; half as large and good for 3 digits as float16.
+
+    Raises:
+        UserError: As `load_lpips`.
+    """
+    package = find_spec("lpips")
+    if package is None or not package.submodule_search_locations:
+        raise UserError("The package lpips is not installed. Run `pip install -r requirements.txt`.")
+    weights = Path(package.submodule_search_locations[0]) / f"weights/v0.1/{net}.pth"
+    linear = torch.load(weights, map_location="cpu", weights_only=True)
+    tensors = {f"lins.{i}.weight": linear[f"lin{i}.model.1.weight"] for i in range(5)}
+    return tensors | _read_backbone(net)
 
 
 def backbone_path(net: BackboneName) -> Path:
@@ -146,20 +172,34 @@ def _read_backbone(net: BackboneName) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def _define_missing_torchvision_ops() -> None:
-    """Let `import torchvision` work where its compiled operators do not match the installed torch.
+def _vgg16() -> tuple[nn.Sequential, set[int]]:
+    """VGG-16 up to its last ReLU, and which layers are compared: the last ReLU before each pooling."""
+    layers: list[nn.Module] = []
+    compared = set()
+    channels = 3
+    for block in ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)):
+        if layers:
+            layers.append(nn.MaxPool2d(2))
+        for width in block:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        compared.add(len(layers) - 1)
+    return nn.Sequential(*layers), compared
 
-    torchvision describes `nms` and `qnms` to torch without asking whether its extension was loaded, and fails
-    where it was not: a CUDA build of torchvision beside a CPU build of torch. No backbone uses them. So: load
-    the extension as torchvision does, and only where that fails, declare the two.
-    """
-    spec = find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("torchvision is not installed. Run `pip install -r requirements.txt`.")
-    try:
-        torch.ops.load_library(Path(spec.submodule_search_locations[0]) / "_C.so")
-    except OSError:
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define(f"torchvision::{name}", schema)
+
+def _alexnet() -> tuple[nn.Sequential, set[int]]:
+    """AlexNet up to its last ReLU, and which layers are compared: every ReLU."""
+    layers: list[nn.Module] = [
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True)),
+    ]
+    return nn.Sequential(*layers), {i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)}
+
+
+def _unit(layer: Tensor) -> Tensor:
+    """Divided by the length over channels. What is added is far below what float32 sees beside a length, and
+    keeps the gradient finite where all channels are 0."""
+    return layer / (torch.sqrt(torch.sum(layer**2, dim=1, keepdim=True) + 1e-20) + 1e-10)

@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoint import CURRENT_WEIGHTS
 from .config import check
@@ -68,13 +67,21 @@ class StepRecord:
 
 @dataclass
 class TrainState:
-    """All that changes while training."""
+    """All that changes while training.
+
+    Either `network` is `model`, or it is a `bf16_copy` of it, which computes the losses and their gradients:
+    `model` then holds the same weights in float32, which the optimizer changes and checkpoints keep.
+    """
 
     model: ConsistencyModel
     parallel: nn.Module
-    """`model` itself, or the DistributedDataParallel around it."""
+    """What computes the prediction: `network`, or the DistributedDataParallel around it."""
     optimizer: torch.optim.Optimizer
-    ema: AveragedModel
+    ema_model: ConsistencyModel
+    """The averaged weights as a model."""
+    ema_decay: float
+    num_averaged: int = 0
+    """Updates that the average has seen; the first replaces it."""
     dtm_model: ConsistencyModel | None = None
     """The frozen copy g of the second phase."""
     global_step: int = 0
@@ -82,31 +89,85 @@ class TrainState:
     unchecked: list[StepRecord] = field(default_factory=list)
     """Steps that have not been asked yet whether their gradient was finite."""
 
+    def __post_init__(self) -> None:
+        network = getattr(self.parallel, "module", self.parallel)
+        assert isinstance(network, ConsistencyModel)
+        self.network = network
+        # Listed once: to walk through the modules takes the host milliseconds, at every step.
+        self._weights, self._copies, self._averages = (
+            cast(list[Tensor], list(model.parameters()))
+            for model in (self.model, self.network, self.ema_model)
+        )
+
     @property
-    def ema_model(self) -> ConsistencyModel:
-        """The averaged weights as a model."""
-        return cast(ConsistencyModel, self.ema.module)
+    def gradients(self) -> list[Tensor]:
+        """Of `model`'s weights, float32."""
+        return [weight.grad for weight in self._weights if weight.grad is not None]
+
+    def drop_gradients(self) -> None:
+        """Before the first backward pass of a step."""
+        for weight in (*self._weights, *self._copies):
+            weight.grad = None
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Adds the gradients of `network` to those of `model`, in float32, and drops them there."""
+        if self.network is self.model:
+            return
+        found = [copied.grad for copied in self._copies if copied.grad is not None]
+        if self._weights[0].grad is None:
+            for weight in self._weights:
+                weight.grad = torch.empty_like(weight)
+            torch._foreach_copy_(self.gradients, found)
+        else:
+            torch._foreach_add_(self.gradients, [gradient.float() for gradient in found])
+        for copied in self._copies:
+            copied.grad = None
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """AdamW, then the average and the working copy of what it made."""
+        self.optimizer.step()
+        if self.num_averaged:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.ema_decay)
+        else:
+            torch._foreach_copy_(self._averages, self._weights)
+        self.num_averaged += 1
+        self.refresh_network()
+        self.global_step += 1
+
+    @torch.no_grad()
+    def refresh_network(self) -> None:
+        """Makes `network` compute with the present weights of `model`."""
+        if self.network is not self.model:
+            torch._foreach_copy_(self._copies, self._weights)
 
     def refresh_dtm_model(self) -> None:
         """Makes `dtm_model` a frozen copy of the present weights, without dropout."""
-        self.dtm_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.dtm_model = copy.deepcopy(self.network).eval().requires_grad_(False)
 
 
 def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module | None = None) -> TrainState:
-    """A TrainState at step 0; `parallel` is the DDP wrapper of `model`, if there is one."""
+    """A TrainState at step 0.
+
+    Args:
+        model: What is trained, in float32.
+        optim: Optimisation.
+        parallel: What computes, if not `model`: a `bf16_copy` of it, or the DDP wrapper of either.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay))
-    return TrainState(model, parallel or model, optimizer, ema)
+    return TrainState(model, parallel or model, optimizer, copy.deepcopy(model), optim.ema_decay)
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
     """Everything of `state` but the EMA weights, as the flat tensors that `checkpoint.save` takes."""
     tensors = {f"{CURRENT_WEIGHTS}{name}": value for name, value in state.model.state_dict().items()}
-    tensors["ema.n_averaged"] = state.ema.n_averaged
+    tensors["ema.n_averaged"] = torch.tensor(state.num_averaged)
     if state.dtm_model is not None:
-        tensors |= {f"dtm.{name}": value for name, value in state.dtm_model.state_dict().items()}
+        frozen = state.dtm_model.state_dict().items()
+        tensors |= {f"dtm.{k}": v.float() if v.dtype == torch.bfloat16 else v for k, v in frozen}
     for index, moments in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
     return tensors | {"global_step": torch.tensor(state.global_step)}
@@ -122,7 +183,8 @@ def start_from(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, T
     """
     state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS) or ema.state_dict())
     state.ema_model.load_state_dict(ema.state_dict())
-    state.ema.n_averaged.fill_(1)  # at 0 the first update would replace the average
+    state.num_averaged = 1  # at 0 the first update would replace the average
+    state.refresh_network()
     _restore_optimizer(state, tensors)
 
 
@@ -136,7 +198,8 @@ def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str
     """
     state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS))
     state.ema_model.load_state_dict(ema.state_dict())
-    state.ema.n_averaged.copy_(tensors["ema.n_averaged"])
+    state.num_averaged = int(tensors["ema.n_averaged"])
+    state.refresh_network()
     if frozen := _section(tensors, "dtm."):
         state.refresh_dtm_model()
         assert state.dtm_model is not None

@@ -5,61 +5,20 @@ number of workers: n workers on n parts of a batch compute what one worker compu
 """
 
 import contextlib
-from dataclasses import dataclass
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .image import to_tensor, upsample
-from .losses import Distance, LossConfig, consistency_loss, dtm_loss, dtm_range
-from .perceptual import Lpips
-from .rng import sample_seed
-from .schedule import ScheduleConfig, curriculum_steps, trajectory_levels
-from .train_state import OptimConfig, StepRecord, TrainState
-from .trajectory import trajectory_point
+from .losses import Distance
+from .objective import Batch, Recipe, compute_losses
+from .train_state import StepRecord, TrainState
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 
 _STEPS_UNCHECKED = 16
 """On a GPU, steps between two checks that gradients were finite."""
-
-
-@dataclass
-class Batch:
-    """What one worker consumes in one step, as it comes from the data stream, already on the device."""
-
-    hr_u8: Tensor
-    """uint8 (N, H, W, 3)."""
-    lq_u8: Tensor
-    """uint8 (N, H/scale, W/scale, 3)."""
-    samples: list[int]
-    """Global sample indices: they seed the noise."""
-    keys: list[str]
-    """Image keys, for messages."""
-    share: float = 1.0
-    """Weight of these images' mean loss, such that the mean over all workers is that over the global batch:
-    1 where all workers have equally many, less for one that lacks some."""
-
-    def parts(self, size: int) -> "list[Batch]":
-        """Consecutive parts of at most `size` images, with the `share` of the whole."""
-        return [
-            Batch(
-                hr_u8=self.hr_u8[first : first + size],
-                lq_u8=self.lq_u8[first : first + size],
-                samples=self.samples[first : first + size],
-                keys=self.keys[first : first + size],
-                share=self.share,
-            )
-            for first in range(0, len(self.samples), size)
-        ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a training run's result depends on, besides its network and its data."""
-
-    seed: int
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    loss: LossConfig
 
 
 def train_step(
@@ -77,21 +36,22 @@ def train_step(
 
     Returns:
         Means over this worker's images, scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`,
-        `grad_norm`; then `dtm_loss`.
+        `grad_norm`; then `alignment_loss` and `dtm_loss`, as `compute_losses` says.
 
     Raises:
         FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.
     """
     step, optim = state.global_step, recipe.optim
-    state.parallel.train()
-    state.optimizer.zero_grad(set_to_none=True)
+    if not state.parallel.training:
+        state.parallel.train()
+    state.drop_gradients()
     for group in state.optimizer.param_groups:
         group["lr"] = optim.lr * (0.5 if step >= optim.lr_halve_at else 1.0)
     if step >= optim.ct_steps and (step - optim.ct_steps) % optim.dtm_refresh_steps == 0:
         state.refresh_dtm_model()
 
     losses = _backward(state, batch.parts(micro_batch_size or len(batch.samples)), recipe, lpips)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    grad_norm = nn.utils.get_total_norm(state.gradients)
     losses |= {"grad_norm": grad_norm}
     state.unchecked.append(StepRecord(step, batch.samples, batch.keys, losses))
     if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
@@ -101,22 +61,39 @@ def train_step(
         # leaves the weights alone: from the first bad gradient on, until `check_finite` raises.
         norms = torch.stack([record.losses["grad_norm"] for record in state.unchecked])
         state.optimizer.found_inf = (~torch.isfinite(norms)).any().float()  # type: ignore[attr-defined]
-    state.optimizer.step()
-    state.ema.update_parameters(state.model)
-    state.global_step += 1
+    state.update()
     return losses
+
+
+def compile_step(state: TrainState, lpips: nn.Module, mode: CompileMode = "default") -> None:
+    """Has the network and LPIPS compiled, when they are first called, for the shapes they then meet.
+
+    Prediction and target still share their dropout masks: each call draws its masks' seeds anew from the
+    generator that `compute_losses` seeds, also where CUDA graphs replay it.
+
+    Args:
+        state: Its `network` computes the same as before, but for rounding.
+        lpips: LPIPS-vgg.
+        mode: As `torch.compile` has it; "reduce-overhead" replays CUDA graphs, which helps where the network
+            is so small that the host does not keep up.
+    """
+    state.network.model.compile(mode=mode, dynamic=False)
+    lpips.compile(mode=mode, dynamic=False)
 
 
 def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
     """Adds the gradients of a batch's parts, which workers exchange once, with the last of them."""
     num_images = sum(len(part.samples) for part in parts)
     means: dict[str, Tensor] = {}
+    no_sync = getattr(state.parallel, "no_sync", None)
     for number, part in enumerate(parts, 1):
-        alone = getattr(state.parallel, "no_sync", contextlib.nullcontext)
-        with contextlib.nullcontext() if number == len(parts) else alone():
+        is_exchanged = no_sync is None or number == len(parts)
+        with no_sync() if no_sync and not is_exchanged else contextlib.nullcontext():
             losses = compute_losses(state, part, recipe, lpips)
             weight = len(part.samples) / num_images
             (losses["loss"] * (weight * part.share)).backward()
+        if is_exchanged:
+            state.collect_gradients()
         for name, value in losses.items():
             term = weight * value.detach()
             means[name] = means[name] + term if name in means else term
@@ -131,8 +108,9 @@ def check_finite(state: TrainState) -> None:
             that are to blame, and this worker's samples; the weights are still those before that step.
     """
     records, state.unchecked = state.unchecked, []
-    for record in records:
-        if torch.isfinite(record.losses["grad_norm"]):
+    norms = torch.stack([record.losses["grad_norm"] for record in records]).tolist() if records else []
+    for record, norm in zip(records, norms, strict=True):
+        if math.isfinite(norm):
             continue
         shown = ", ".join(f"{name} {value.item():.4g}" for name, value in record.losses.items())
         terms = [name for name, value in record.losses.items() if not torch.isfinite(value)]
@@ -143,57 +121,3 @@ def check_finite(state: TrainState) -> None:
             f"images {record.keys}. The weights are those of the step before. Lower optim.lr or check the "
             "images."
         )
-
-
-def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
-    """The losses of one batch at the state's step, with gradient; `loss` is what the phase minimises."""
-    step, total = state.global_step, recipe.optim.total_steps
-    hr, lq = to_tensor(batch.hr_u8), to_tensor(batch.lq_u8)
-    lq_up = upsample(lq, state.model.config.scale)
-    num_steps = curriculum_steps(recipe.schedule, step, total)
-    alphas, sigmas = (levels.to(hr.device) for levels in trajectory_levels(recipe.schedule, num_steps))
-    n = sample_seed(recipe.seed, "n", step) % num_steps  # one for the whole global batch
-
-    noise = sample_noise(batch, recipe.seed, "ct")
-    x_n = trajectory_point(hr, lq_up, noise, alphas[n], sigmas[n])
-    x_next = trajectory_point(hr, lq_up, noise, alphas[n + 1], sigmas[n + 1])
-    # The target draws the same dropout mask as the prediction (Song & Dhariwal 2023, arXiv:2310.14189);
-    # the published run drew two. The first sample sets it, so that no two workers share a mask.
-    mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
-    with torch.no_grad():
-        torch.manual_seed(mask_seed)
-        target = hr if n == 0 else state.model(x_n, sigmas[n], lq)  # f(x, 0, y) = x
-    torch.manual_seed(mask_seed)
-    pred = state.parallel(x_next, sigmas[n + 1], lq)
-    if state.dtm_model is not None and isinstance(lpips, Lpips):
-        lpips = lpips.anchored(pred)  # DTM compares the same prediction again
-    losses = consistency_loss(pred, target, lpips, recipe.loss)
-    losses["loss"] = losses["ct_loss"]
-
-    if state.dtm_model is not None:
-        low, high = dtm_range(recipe.loss, num_steps)
-        m = torch.tensor([low + sample_seed(recipe.seed, "m", k) % (high - low) for k in batch.samples])
-        losses["dtm_loss"] = dtm_loss(
-            pred,
-            hr,
-            lq,
-            lq_up,
-            sample_noise(batch, recipe.seed, "dtm"),
-            alpha=alphas[m.to(hr.device)],
-            sigma=sigmas[m.to(hr.device)],
-            dtm_model=state.dtm_model,
-            lpips=lpips,
-            config=recipe.loss,
-        )
-        losses["loss"] = losses["ct_loss"] + losses["dtm_loss"]
-    return losses
-
-
-def sample_noise(batch: Batch, seed: int, purpose: str) -> Tensor:
-    """Standard normal noise of the HR batch's shape, NCHW: a function of (seed, sample index, purpose)."""
-    n, height, width, _ = batch.hr_u8.shape
-    noise = torch.empty(n, 3, height, width, device=batch.hr_u8.device)
-    generator = torch.Generator(batch.hr_u8.device)
-    for row, k in zip(noise, batch.samples, strict=True):
-        row.normal_(generator=generator.manual_seed(sample_seed(seed, purpose, k)))
-    return noise

@@ -10,9 +10,9 @@ from torch import Tensor
 from ctmsr.image import to_u8
 from ctmsr.losses import LossConfig
 from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.objective import Batch, Recipe
 from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import OptimConfig
-from ctmsr.train_step import Batch, Recipe
 
 from .fixture_inputs import fill_weights, tensor
 

@@ -13,9 +13,9 @@ from ctmsr.attention import WindowAttention
 from ctmsr.image import to_tensor, upsample
 from ctmsr.losses import Distance, charbonnier
 from ctmsr.network import ConsistencyModel
+from ctmsr.objective import Batch, Recipe, sample_noise
 from ctmsr.rng import sample_seed
 from ctmsr.schedule import curriculum_steps, trajectory_levels
-from ctmsr.train_step import Batch, Recipe, sample_noise
 from ctmsr.trajectory import trajectory_point
 
 

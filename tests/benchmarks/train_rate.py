@@ -34,9 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctmsr.degradation import degrade
 from ctmsr.network import ConsistencyModel
+from ctmsr.objective import Batch
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
-from ctmsr.train_step import Batch, train_step
+from ctmsr.train_step import train_step
 from pipelines.config.presets import small
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.cluster import ray_cluster

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ctmsr.attention import WindowAttention
 from ctmsr.network import ConsistencyModel
+from ctmsr.objective import Batch
 from ctmsr.perceptual import load_lpips
 from ctmsr.train_state import build_state
-from ctmsr.train_step import Batch, train_step
+from ctmsr.train_step import train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ctmsr.errors import DataError
-from ctmsr.image import MAX_PIXELS, center_crop, decode, encode_png, random_crop, to_tensor, to_u8, upsample
+from ctmsr.image import (
+    MAX_PIXELS,
+    center_crop,
+    decode,
+    encode_png,
+    random_crop,
+    random_flip,
+    to_tensor,
+    to_u8,
+    upsample,
+)
+from ctmsr.rng import sample_rng
 
 
 def noise_u8(height: int, width: int) -> np.ndarray:
@@ -215,6 +226,20 @@ def test_the_smallest_picture_is_accepted_and_one_pixel_less_is_refused(size: in
         center_crop(noise_u8(smallest - 1, 20), size, name="cat.png")
     with pytest.raises(DataError, match=match):
         random_crop(noise_u8(smallest - 1, 20), size, np.random.default_rng(0), name="cat.png")
+
+
+def test_a_flip_mirrors_a_pair_alike_at_even_odds_and_belongs_to_its_sample() -> None:
+    hr_u8, lq_u8 = noise_u8(8, 12), noise_u8(2, 3)
+    seen = []
+    for epoch in range(200):
+        hr, lq = random_flip(hr_u8, lq_u8, rng=sample_rng(0, epoch, "a.png", "flip"))
+        (again,) = random_flip(hr_u8, rng=sample_rng(0, epoch, "a.png", "flip"))
+        np.testing.assert_array_equal(again, hr)
+        mirrored = not np.array_equal(hr, hr_u8)
+        np.testing.assert_array_equal(hr, np.fliplr(hr_u8) if mirrored else hr_u8)
+        np.testing.assert_array_equal(lq, np.fliplr(lq_u8) if mirrored else lq_u8)
+        seen.append(mirrored)
+    assert 75 < sum(seen) < 125
 
 
 # upsample

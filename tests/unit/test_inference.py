@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ctmsr.errors import ConfigError
 from ctmsr.image import to_tensor, to_u8, upsample
-from ctmsr.inference import InferenceConfig, position_noise, tile_spans, upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.inference import InferenceConfig, tile_spans, upscale
+from ctmsr.network import ConsistencyModel, NetworkConfig, bf16_copy
+from ctmsr.noise import position_noise
 
 from ..tiny import filled_model
 
@@ -120,15 +121,6 @@ def test_tiles_start_at_multiples_and_cover_the_side() -> None:
             assert all(a[1] - b[0] >= 60 for a, b in pairwise(spans))
 
 
-def test_noise_is_standard_normal_and_depends_on_position_alone() -> None:
-    noise = position_noise(5, slice(0, 600), slice(0, 700))
-    assert torch.equal(noise[:, 130:520, 250:260], position_noise(5, slice(130, 520), slice(250, 260)))
-    assert abs(noise.mean()) < 0.005
-    assert abs(noise.std() - 1) < 0.005
-    blocks = noise[:, :512, :512].unfold(1, 256, 256).unfold(2, 256, 256).reshape(3 * 2 * 2, -1)
-    assert torch.corrcoef(blocks).fill_diagonal_(0).abs().max() < 0.03
-
-
 def test_noise_stays_where_it_is_when_a_picture_grows() -> None:
     small, large = Pointwise().eval(), Pointwise().eval()
     grey = np.full((70, 70, 3), 128, np.uint8)
@@ -195,6 +187,66 @@ def test_bf16_moves_pixels_by_little() -> None:
         for config in (InferenceConfig(), InferenceConfig(precision="bf16"))
     )
     assert 0 < np.abs(exact - rounded).mean() < 1.5
+
+
+def test_a_bf16_copy_computes_what_casting_does_but_for_rounding() -> None:
+    lq_u8, model = picture(20, 24), filled_model().eval()
+    config = InferenceConfig(precision="bf16")
+    cast, copied = (
+        upscale(each, lq_u8, sigma_max=1.0, config=config).astype(float) for each in (model, bf16_copy(model))
+    )
+    assert 0 < np.abs(cast - copied).mean() < 1.5
+
+
+@pytest.mark.parametrize("batch_tiles", [2, 3, 100])
+def test_tiles_of_one_call_are_those_of_many(batch_tiles: int) -> None:
+    lq_u8, model = picture(50, 70), filled_model().eval()
+    one, many = (
+        upscale(model, lq_u8, sigma_max=1.0, config=InferenceConfig(tile=32, overlap=16, batch_tiles=size))
+        for size in (1, batch_tiles)
+    )
+    assert np.abs(one.astype(int) - many).max() <= 1  # sums of another batch size may round otherwise
+
+
+class Small(Pointwise):
+    """A network for which memory suffices up to so many pixels of one call."""
+
+    def __init__(self, num_pixels: int) -> None:
+        super().__init__()
+        self.num_pixels = num_pixels
+
+    def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
+        if lq[:, 0].numel() > self.num_pixels:
+            raise torch.OutOfMemoryError("too many pixels")
+        return super().forward(x, sigma, lq)
+
+
+@pytest.mark.parametrize(
+    ("num_pixels", "fitting"),
+    [(2 * 64 * 64, "tile=64, inference.batch_tiles=2"), (32 * 32, "tile=32, inference.batch_tiles=1")],
+)
+def test_too_little_memory_is_met_by_less_at_once(
+    num_pixels: int, fitting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lq_u8, config = picture(90, 131), InferenceConfig(tile=64, overlap=16, batch_tiles=4)
+    expected = upscale(Pointwise().eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
+    assert caplog.messages == []
+    found = upscale(Small(num_pixels).eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
+    assert np.array_equal(found, expected)
+    assert len(caplog.messages) == 1
+    assert f"inference.tile=64, inference.batch_tiles=4; it did for inference.{fitting}" in caplog.text
+
+
+@pytest.mark.parametrize("tile", [64, 1024])
+def test_where_the_smallest_tile_is_too_much_the_error_is_told(tile: int) -> None:
+    config = InferenceConfig(tile=tile, overlap=16)
+    with pytest.raises(torch.OutOfMemoryError, match="too many pixels"):
+        upscale(Small(32 * 32 - 1).eval(), picture(90, 131), sigma_max=1.0, config=config)  # type: ignore[arg-type]
+
+
+def test_refuses_no_tiles_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"inference.batch_tiles must be at least 1, got 0\."):
+        InferenceConfig(batch_tiles=0)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(15, 0), (32, 32), (32, 17), (32, -1)])

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctmsr.errors import ConfigError
-from ctmsr.losses import Distance, LossConfig, charbonnier, consistency_loss, dtm_loss, dtm_range
+from ctmsr.losses import (
+    Distance,
+    LossConfig,
+    alignment_loss,
+    charbonnier,
+    consistency_loss,
+    dtm_loss,
+    dtm_range,
+)
 from ctmsr.network import ConsistencyModel
 from ctmsr.perceptual import load_lpips
 from ctmsr.schedule import ScheduleConfig, trajectory_levels
@@ -200,6 +208,60 @@ def test_consistency_loss_weighs_its_two_terms() -> None:
     }
 
 
+def small_alignment(sr: Tensor, num_steps: int = 4) -> Tensor:
+    return alignment_loss(
+        sr,
+        X_0,
+        Y_0,
+        NOISE,
+        alpha=ALPHA,
+        sigma=SIGMA,
+        num_steps=num_steps,
+        lpips=squared_distance,
+        config=LossConfig(alignment_weight=2.0, lpips_weight=0.3, charbonnier_weight=0.7),
+    )
+
+
+def test_alignment_and_its_gradient_worked_out_by_hand() -> None:
+    # The noise and y_0 cancel: z_t - x_t = (1 - alpha)(o - x_0).
+    left = 1 - ALPHA.reshape(-1, 1, 1, 1)
+    apart = left * (SR - X_0)
+    value = 2.0 * 0.5 * (4 - 1) * (0.3 * apart.square().mean() + 0.7 * apart.abs().mean())
+    expected = 2.0 * 0.5 * (4 - 1) * left * (0.3 * 2 * apart + 0.7 * apart.sign()) / SR.numel()
+
+    sr = SR.clone().requires_grad_()
+    loss = small_alignment(sr)
+    loss.backward()
+    assert loss.item() == pytest.approx(value.item(), rel=1e-5)
+    torch.testing.assert_close(sr.grad, expected)
+
+
+def test_alignment_compares_noisy_points_not_the_pictures() -> None:
+    # A distance that is not linear sees the noise that the two points share.
+    def of_squares(a: Tensor, b: Tensor) -> Tensor:
+        return (a.square() - b.square()).mean(dim=(1, 2, 3))
+
+    found = alignment_loss(
+        SR,
+        X_0,
+        Y_0,
+        NOISE,
+        alpha=ALPHA,
+        sigma=SIGMA,
+        num_steps=3,
+        lpips=of_squares,
+        config=LossConfig(alignment_weight=1.0, lpips_weight=1.0, charbonnier_weight=0.0),
+    )
+    a, s = ALPHA.reshape(-1, 1, 1, 1), SIGMA.reshape(-1, 1, 1, 1)
+    z_t, x_t = ((1 - a) * start + a * Y_0 + s * NOISE for start in (SR, X_0))
+    assert found.item() == pytest.approx((z_t.square() - x_t.square()).mean().item(), rel=1e-4)
+
+
+def test_alignment_of_the_hr_image_is_next_to_nothing_and_grows_with_the_steps_it_stands_for() -> None:
+    assert small_alignment(X_0).item() < 1e-5
+    assert small_alignment(SR, 4) == pytest.approx(3 * small_alignment(SR, 2))
+
+
 def test_dtm_gradient_worked_out_by_hand() -> None:
     def g(x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
         return sigma.reshape(-1, 1, 1, 1) * torch.tanh(x + lq.mean())
@@ -283,6 +345,13 @@ def test_the_advice_for_an_empty_dtm_range_helps(low: float, num_steps: int) -> 
         ({"lpips_weight": -0.1}, "loss.lpips_weight must be at least 0, got -0.1."),
         ({"charbonnier_weight": math.nan}, "loss.charbonnier_weight must be at least 0, got nan."),
         ({"dtm_weight": -1.0}, "loss.dtm_weight must be at least 0, got -1.0."),
+        ({"alignment_weight": -1.0}, "loss.alignment_weight must be at least 0, got -1.0."),
+        ({"hr_target_until": 1.5}, "loss.hr_target_until must be in [0, 1], got 1.5."),
+        ({"hr_target_until": -0.5}, "loss.hr_target_until must be in [0, 1], got -0.5."),
+        ({"lpips_crop": 0.0}, "loss.lpips_crop must be in (0, 1], got 0.0."),
+        ({"lpips_crop": 1.5}, "loss.lpips_crop must be in (0, 1], got 1.5."),
+        ({"lpips_zoom": 0.5}, "loss.lpips_zoom must be in [1, 4], got 0.5."),
+        ({"steps": "last", "hr_target_until": 0.5}, "set loss.hr_target_until=1 as well, got 0.5."),
         ({"dtm_t_min": 0.5}, "must satisfy 0 <= min < max <= 1, got 0.5 and 0.5."),
         ({"dtm_t_min": -0.1}, "must satisfy 0 <= min < max <= 1, got -0.1 and 0.5."),
         ({"dtm_t_max": 1.1}, "must satisfy 0 <= min < max <= 1, got 0.1 and 1.1."),

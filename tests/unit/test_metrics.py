@@ -9,7 +9,7 @@ import skimage.data
 import torch
 from torch.nn import functional
 
-from ctmsr.metrics import lpips_alex, psnr_y, ssim_y
+from ctmsr.metrics import colour_error, lpips_alex, psnr_y, ssim_y
 from ctmsr.niqe import niqe
 from ctmsr.perceptual import Lpips, load_lpips
 
@@ -122,6 +122,36 @@ def test_images_that_do_not_match_are_refused(metric: object, alex: Lpips) -> No
 def test_a_border_that_leaves_nothing_is_refused(crop_border: int) -> None:
     with pytest.raises(ValueError, match=rf"32x32 image, got {crop_border}"):
         psnr_y(flat(0, 0, 0), flat(0, 0, 0), crop_border=crop_border)
+
+
+def test_colour_error_of_a_cast_is_its_mean_in_levels() -> None:
+    assert colour_error(flat(110, 95, 100), flat(100, 100, 100)) == pytest.approx(5)
+    assert colour_error(flat(100, 100, 100), flat(100, 100, 100)) == 0
+
+
+def test_colour_error_sees_slow_waves_as_gaussian_theory_says_and_no_fine_ones() -> None:
+    x = np.arange(512)
+    for period_px, sigma_px in ((128, 8), (64, 8), (64, 16)):
+        wave = 60 * np.sin(2 * np.pi * x / period_px)
+        image = np.broadcast_to(np.rint(128 + wave)[None, :, None], (64, 512, 3)).astype(np.uint8)
+        passed = math.exp(-2 * (math.pi * sigma_px / period_px) ** 2)
+        found = colour_error(image, flat(128, 128, 128, 512)[:64], blur_sigma_px=sigma_px)
+        assert found == pytest.approx(60 * passed * 2 / math.pi, rel=0.1)  # the edges differ
+    checks = np.where((x[:64, None] + x) % 2, 188, 68)[..., None].repeat(3, axis=2).astype(np.uint8)
+    assert colour_error(checks, flat(128, 128, 128, 512)[:64]) < 0.2  # of 60, at the edges
+
+
+def test_colour_error_takes_the_lr_picture_too() -> None:
+    _, lq_u8 = noisy_pair()
+    sr_u8 = lq_u8.repeat(4, axis=0).repeat(4, axis=1)
+    assert colour_error(sr_u8, lq_u8) == 0
+    darker = (sr_u8 // 2 + 20).astype(np.uint8)
+    cast = colour_error((sr_u8 // 2 + 23).astype(np.uint8), darker)
+    assert cast == pytest.approx(3)
+    averaged = darker.reshape(40, 4, 48, 4, 3).mean(axis=(1, 3)).astype(np.uint8)
+    assert colour_error(darker + np.uint8(3), averaged) == pytest.approx(3)
+    with pytest.raises(ValueError, match=r"a whole number of times less on each side, got \(40, 48, 3\)"):
+        colour_error(sr_u8[:158], lq_u8)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ctmsr.errors import ConfigError
 from ctmsr.network import ConsistencyModel, NetworkConfig
@@ -126,6 +127,28 @@ def test_one_level_is_a_network_too() -> None:
     assert filled_model(config)(x, torch.tensor(1.0), tensor("lq", (1, 3, 8, 8))).shape == x.shape
 
 
+def norms(config: NetworkConfig) -> set[tuple[int, int]]:
+    """(channels, groups) of the norms in the residual blocks and the head."""
+    with torch.device("meta"):
+        modules = ConsistencyModel(config).modules()
+    return {(m.num_channels, m.num_groups) for m in modules if isinstance(m, nn.GroupNorm) and m.eps == 1e-6}
+
+
+def test_norms_have_the_published_groups_wherever_those_divide_the_channels() -> None:
+    for config in (FULL, TINY, NETWORK, replaced(model_channels=64, channel_mult=(1, 2, 2), lq_size=32)):
+        assert {groups for channels, groups in norms(config) if groups != min(32, channels // 4)} == set()
+
+
+@pytest.mark.parametrize("width", [16, 48, 80])
+def test_widths_in_steps_of_16_are_networks_too(width: int) -> None:
+    config = replaced(model_channels=width)
+    assert all(channels % groups == 0 and groups >= 4 for channels, groups in norms(config))
+    x = tensor("x", (1, 3, 64, 64))
+    sr = filled_model(config)(x, torch.tensor(1.0), tensor("lq", (1, 3, 16, 16)))
+    assert sr.shape == x.shape
+    assert torch.isfinite(sr).all()
+
+
 def test_published_sides_must_be_multiples_of_64() -> None:
     assert (FULL.multiple, FULL.hr_size) == (64, 256)
 
@@ -139,7 +162,7 @@ def test_published_sides_must_be_multiples_of_64() -> None:
         ),
         ({"channel_mult": ()}, "network.channel_mult must hold whole numbers from 1 up, got ()."),
         ({"channel_mult": (1, 0)}, "network.channel_mult must hold whole numbers from 1 up, got (1, 0)."),
-        ({"model_channels": 48}, "network.model_channels must be a multiple of 32 (norm groups), got 48."),
+        ({"model_channels": 40}, "network.model_channels must be a multiple of 16 (norm groups), got 40."),
         ({"embed_dim": 48}, "network.embed_dim must be a multiple of 32 (its norms have 32 groups), got 48."),
         ({"num_heads": 3}, "network.num_heads must divide embed_dim (32), got 3."),
         ({"dropout": 1.0}, "network.dropout must be in [0, 1), got 1.0."),

@@ -1,6 +1,7 @@
 """A run resumed from a checkpoint goes on as if it had never stopped, bit for bit."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import ConfigError
-from ctmsr.train_state import OptimConfig, TrainState, build_state, restore_state, state_tensors
+from ctmsr.network import bf16_copy
+from ctmsr.train_state import (
+    OptimConfig,
+    TrainState,
+    build_state,
+    restore_state,
+    start_from,
+    state_tensors,
+)
 from ctmsr.train_step import train_step
 
 from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, make_batch
@@ -28,12 +37,23 @@ def advance(state: TrainState, num_steps: int) -> list[dict[str, float]]:
     return history
 
 
-def test_resuming_equals_not_pausing(tmp_path: Path) -> None:
-    whole = build_state(filled_model(DROPOUT), OPTIM)
+def plain_state() -> TrainState:
+    return build_state(filled_model(DROPOUT), OPTIM)
+
+
+def copy_state() -> TrainState:
+    """Of a run whose losses a bf16 copy computes."""
+    model = filled_model(DROPOUT)
+    return build_state(model, OPTIM, bf16_copy(model))
+
+
+@pytest.mark.parametrize("fresh", [plain_state, copy_state])
+def test_resuming_equals_not_pausing(tmp_path: Path, fresh: Callable[[], TrainState]) -> None:
+    whole = fresh()
     history = advance(whole, 6)
     assert ["dtm_loss" in losses for losses in history] == [False, False, True, True, True, True]
 
-    first = build_state(filled_model(DROPOUT), OPTIM)
+    first = fresh()
     assert advance(first, 3) == history[:3]
     checkpoint.save(
         tmp_path / "c",
@@ -42,13 +62,31 @@ def test_resuming_equals_not_pausing(tmp_path: Path) -> None:
         meta={},
         train_state=state_tensors(first),
     )
-    second = build_state(filled_model(DROPOUT), OPTIM)
+    second = fresh()
     restore_state(
         second, checkpoint.load_model(tmp_path / "c")[0], checkpoint.load_train_state(tmp_path / "c")
     )
     assert second.global_step == 3
     assert advance(second, 3) == history[3:]
     assert_equal(second, whole)
+
+
+def test_a_checkpoint_is_the_same_whatever_computes() -> None:
+    states = [plain_state(), copy_state()]
+    kinds = []
+    for state in states:
+        advance(state, 3)
+        kinds.append({name: (value.dtype, value.shape) for name, value in state_tensors(state).items()})
+    assert kinds[0] == kinds[1]
+    assert any(name.startswith("dtm.") for name in kinds[0])
+
+
+def test_training_on_from_another_run_s_weights_refreshes_the_copy() -> None:
+    before, state = plain_state(), copy_state()
+    advance(before, 1)
+    start_from(state, before.ema_model, state_tensors(before))
+    for name, copied in state.network.named_parameters():
+        assert torch.equal(copied, before.model.get_parameter(name).bfloat16())
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:

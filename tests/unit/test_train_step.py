@@ -1,15 +1,19 @@
 """One update: what it learns, what moves, what its random numbers depend on, and when it refuses."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from ctmsr.network import bf16_copy
+from ctmsr.noise import NoiseVersion
+from ctmsr.objective import Batch, compute_losses, sample_noise
 from ctmsr.schedule import ScheduleConfig
 from ctmsr.train_state import StepRecord, TrainState, build_state, state_tensors
-from ctmsr.train_step import Batch, check_finite, compute_losses, sample_noise, train_step
+from ctmsr.train_step import check_finite, compile_step, train_step
 
 from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, flat, make_batch
 
@@ -187,6 +191,66 @@ def test_bf16_is_near_fp32() -> None:
     assert coarse.norm() == pytest.approx(gradient.norm().item(), rel=0.05)
 
 
+def copy_state(**changes: Any) -> TrainState:
+    """Of a run whose losses a bf16 copy computes."""
+    model = filled_model(replace(NETWORK, **changes))
+    return build_state(model, OPTIM, bf16_copy(model))
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_a_bf16_copy_computes_the_gradients_of_float32_weights(phase: int) -> None:
+    exact, state = build_state(filled_model(replace(NETWORK, dropout=0.3)), OPTIM), copy_state(dropout=0.3)
+    for each in (exact, state):
+        if phase == 2:
+            each.refresh_dtm_model()
+    expected = train_step(exact, part(BATCH, slice(2)), RECIPE, distance)
+    losses = train_step(state, part(BATCH, slice(2)), RECIPE, distance)
+    assert losses["loss"] != expected["loss"]
+    torch.testing.assert_close(losses["loss"], expected["loss"], rtol=0.02, atol=0)
+    gradient, coarse = (torch.from_numpy(flat(each.gradients)) for each in (exact, state))
+    assert torch.cosine_similarity(gradient, coarse, dim=0) > 0.98
+    assert {gradient.dtype for gradient in state.gradients} == {torch.float32}
+
+
+def test_a_bf16_copy_follows_weights_that_move_by_less_than_it_can_tell() -> None:
+    optim = replace(OPTIM, ct_steps=100, lr=1e-5)
+    recipe, model = replace(RECIPE, optim=optim), filled_model()
+    state = build_state(model, optim, bf16_copy(model))
+    start = weights(state)
+    for _ in range(4):
+        before = weights(state)
+        train_step(state, part(BATCH, slice(2)), recipe, distance)
+        assert [name for name, p in weights(state).items() if torch.equal(before[name], p)] == []
+    for name, copied in state.network.named_parameters():
+        assert copied.dtype == torch.bfloat16
+        assert torch.equal(copied, state.model.get_parameter(name).bfloat16())
+        assert not torch.equal(state.model.get_parameter(name), start[name])
+    assert {p.dtype for p in (*state.model.parameters(), *state.ema_model.parameters())} == {torch.float32}
+
+
+def test_gradients_of_parts_add_up_in_float32_beside_a_bf16_copy() -> None:
+    found = []
+    for size in (None, 1):
+        state = copy_state()
+        train_step(state, BATCH, RECIPE, distance, size)
+        found.append(torch.from_numpy(flat(state.gradients)))
+    assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.99
+    assert found[1].norm() == pytest.approx(found[0].norm().item(), rel=0.05)
+    assert not torch.equal(found[1].float(), found[1].float().bfloat16().float())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_shares_the_dropout_mask_and_its_losses_are_near() -> None:
+    recipe = replace(RECIPE, schedule=ScheduleConfig(s0=1000, s1=1000, noise_rho=1e-4, res_rho=1e-4))
+    compiled = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
+    plain = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
+    compile_step(compiled, torch.nn.Identity())
+    losses, expected = (
+        train_step(each, part(BATCH, slice(2)), recipe, distance) for each in (compiled, plain)
+    )
+    assert losses["charbonnier"] < 3 * expected["charbonnier"]
+
+
 @pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps() -> None:
     plain, compiled = build_state(filled_model(), OPTIM), build_state(filled_model(), OPTIM)
@@ -198,13 +262,25 @@ def test_a_compiled_network_takes_the_same_steps() -> None:
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
-def test_noise_belongs_to_the_sample_not_to_its_batch() -> None:
-    whole = sample_noise(BATCH, 7, "ct")
+@pytest.mark.parametrize("version", [1, 2])
+def test_noise_belongs_to_the_sample_not_to_its_batch(version: NoiseVersion) -> None:
+    whole = sample_noise(BATCH, 7, "ct", version)
     assert whole.shape == (4, 3, 64, 64)
-    assert torch.equal(sample_noise(part(BATCH, slice(1, 3)), 7, "ct"), whole[1:3])
+    assert torch.equal(sample_noise(part(BATCH, slice(1, 3)), 7, "ct", version), whole[1:3])
     shuffled = [2, 0, 3, 1]
     regrouped = replace(part(BATCH, slice(4)), samples=[BATCH.samples[i] for i in shuffled])
-    assert torch.equal(sample_noise(regrouped, 7, "ct"), whole[shuffled])
+    assert torch.equal(sample_noise(regrouped, 7, "ct", version), whole[shuffled])
+
+
+def test_a_run_keeps_the_noise_it_began_with() -> None:
+    losses = [
+        train_step(
+            build_state(filled_model(), OPTIM), BATCH, replace(RECIPE, noise_version=version), distance
+        )
+        for version in (1, 2)
+    ]
+    assert losses[0]["loss"] != losses[1]["loss"]
+    assert RECIPE.noise_version == 2
 
 
 def test_noise_differs_by_sample_seed_and_purpose() -> None:

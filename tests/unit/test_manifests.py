@@ -4,7 +4,6 @@ Kubernetes is asked by its schemas, KubeRay by a schema of ours, Ray by its auto
 commands by their own parsers.
 """
 
-import importlib
 import importlib.metadata
 import json
 import re
@@ -20,6 +19,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from ctmsr.errors import UserError
 from tests.child import ROOT
+from tests.commands import command_module
 from tests.manifests import (
     CLUSTER,
     JOBS,
@@ -105,7 +105,7 @@ def _entrypoint(command: str) -> Iterator[str]:
     if (python, option) != ("python", "-m"):
         yield f"{command} is no command of this project"
         return
-    code = importlib.import_module(module)
+    code = command_module(module)
     try:
         if hasattr(code, "build_parser"):
             code.build_parser().parse_args(arguments)

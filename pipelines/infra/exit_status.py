@@ -1,24 +1,52 @@
 """How every command ends: with an exit status and, for an error the user can fix, one line on stderr."""
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 
 from ctmsr.errors import UserError
+
+from .invocation import as_typed
+
+
+READER_GONE = 141  # 128 + SIGPIPE
+"""The status of a program whose output nobody reads any more, as shells have it."""
 
 
 def run(main: Callable[[list[str] | None], int]) -> None:
     """Exits with main's status; a UserError becomes one line and status 2, Ctrl-C becomes status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        status = main(None)
+        status = _status(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        status = READER_GONE
+    sys.exit(status)
+
+
+def _status(main: Callable[[list[str] | None], int]) -> int | str | None:
+    try:
+        return main(None)
+    except SystemExit as ended:  # of argparse
+        return ended.code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
-        status = 130
-    sys.exit(status)
+        return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that was closed at its other end, as by `| head`: other pipes break, too."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -32,12 +32,14 @@ def config_parser(module: str, summary: str, examples: str) -> argparse.Argument
     )
     parser.add_argument("--tracking-uri", help="MLflow: a server's address, or sqlite:///file.db")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--keys", action="store_true", help="explain every key of the resolved config and stop")
+    parser.add_argument(
+        "--keys", action="store_true", help="explain every key of the resolved config and stop"
+    )
     return parser
 
 
 def resolve(arguments: argparse.Namespace) -> "RunConfig":
-    """The RunConfig described by the arguments of a `config_parser`; `--keys` explains it and ends the process.
+    """The RunConfig that `config_parser`'s arguments describe; `--keys` explains it and ends the process.
 
     Raises:
         ConfigError: The preset is unknown, the file unreadable, or a key or value invalid.

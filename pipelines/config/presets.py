@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ctmsr.degradation import DegradationConfig
-from ctmsr.inference import InferenceConfig
-from ctmsr.losses import LossConfig
-from ctmsr.network import NetworkConfig
-from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import OptimConfig
+from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.model.inference import InferenceConfig
+from ctmsr.model.network import NetworkConfig
+from ctmsr.model.schedule import ScheduleConfig
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.state import OptimConfig
 
 from .run_config import DataConfig, RunConfig, TrainConfig, TuneConfig
 

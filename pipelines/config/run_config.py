@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctmsr.config import check
-from ctmsr.degradation import DegradationConfig
-from ctmsr.inference import InferenceConfig, tile_spans
-from ctmsr.losses import LossConfig, dtm_range
-from ctmsr.network import NetworkConfig
-from ctmsr.schedule import ScheduleConfig, curriculum_steps
-from ctmsr.train_state import OptimConfig
-from ctmsr.train_step import Recipe
+from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.model.inference import InferenceConfig, tile_spans
+from ctmsr.model.network import NetworkConfig
+from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
+from ctmsr.training.losses import LossConfig, dtm_range
+from ctmsr.training.state import OptimConfig
+from ctmsr.training.step import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

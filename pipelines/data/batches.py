@@ -5,7 +5,7 @@ import torch
 from ray.util.queue import Queue
 
 from ctmsr.errors import DataError
-from ctmsr.train_step import Batch
+from ctmsr.training.step import Batch
 
 from .stream import Rows
 

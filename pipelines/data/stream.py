@@ -18,7 +18,7 @@ import numpy as np
 import ray.data
 import ray.train
 
-from ctmsr.degradation import DegradationConfig, degrade
+from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop
 from ctmsr.rng import sample_rng

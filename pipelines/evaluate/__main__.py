@@ -1,6 +1,6 @@
 """Evaluate a checkpoint against bicubic on held-out pictures: `python -m pipelines.evaluate --help`."""
 
-from ctmsr.scoring import table
+from ctmsr.metrics.scoring import table
 
 from ..config.command_line import config_parser, print_config, resolve
 from ..data.held_out import find_held_out

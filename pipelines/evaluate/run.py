@@ -10,14 +10,14 @@ import ray
 import torch
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.config import check, from_dict, override
 from ctmsr.errors import UserError
 from ctmsr.image import encode_png
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import METRICS, Evaluation, score
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import METRICS, Evaluation, score
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel
 
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut

@@ -1,7 +1,7 @@
 """A run's checkpoints in storage: written in the background, all or nothing, keeping the newest and the best.
 
-A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, in the format of `ctmsr.checkpoint`, whose
-checkpoint.json is uploaded last. Readers ignore a folder without it, or with a file of the wrong size.
+A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, in the format of `ctmsr.model.checkpoint`,
+whose checkpoint.json is uploaded last. Readers ignore a folder without it, or with a file of the wrong size.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, DataError, StoreError
-from ctmsr.train_state import TrainState, state_tensors
+from ctmsr.model import checkpoint
+from ctmsr.training.state import TrainState, state_tensors
 
 from .storage import delete_folder, download_folder, list_sizes, open_uri, read_bytes, upload_folder
 

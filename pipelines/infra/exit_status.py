@@ -10,7 +10,6 @@ from ctmsr.errors import UserError
 
 from .invocation import as_typed
 
-
 READER_GONE = 141  # 128 + SIGPIPE
 """The status of a program whose output nobody reads any more, as shells have it."""
 
@@ -24,7 +23,9 @@ def run(main: Callable[[list[str] | None], int]) -> None:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python writes what is left at its end
         status = READER_GONE
     sys.exit(status)
 

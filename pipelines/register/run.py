@@ -18,13 +18,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from ctmsr import checkpoint
-from ctmsr.checkpoint import Manifest
+import ctmsr
 from ctmsr.config import from_dict
 from ctmsr.errors import TrackingError
 from ctmsr.image import encode_png
-from ctmsr.inference import InferenceConfig, upscale
-from ctmsr.scoring import Evaluation
+from ctmsr.metrics.scoring import Evaluation
+from ctmsr.model import checkpoint
+from ctmsr.model.checkpoint import Manifest
+from ctmsr.model.inference import InferenceConfig, upscale
 
 from ..config.run_config import RegisterConfig
 from ..infra.package import licence
@@ -34,7 +35,7 @@ from .model_card import SAMPLE_FILE, lineage, model_card, with_sample
 from .promotion import CHAMPION, RISES, Decision, Measured, decision_of, record, settle
 
 MODEL_CODE = Path(__file__).with_name("registered_model.py")
-PACKAGE = Path(checkpoint.__file__).parent
+PACKAGE = Path(ctmsr.__file__).parent
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "torch")
 """Of the model alone: mlflow.pyfunc needs pandas, the server and the databases of mlflow it does not."""
 EXAMPLE_SHAPE = (1, 20, 28, 3)  # not square and no multiple of a window: it takes the padding too

@@ -11,10 +11,10 @@ import ray.train.torch
 from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 
-from ctmsr.inference import upscale
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import score
-from ctmsr.train_state import TrainState
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import score
+from ctmsr.model.inference import upscale
+from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor

@@ -13,10 +13,10 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from ctmsr.checkpoint import MANIFEST_FILE
 from ctmsr.config import check, to_dict
 from ctmsr.errors import CheckpointError, ConfigError, DataError
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.identity import RUN
 from ..config.run_config import RunConfig

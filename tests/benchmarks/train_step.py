@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.attention import WindowAttention
-from ctmsr.device import use_fast_math
-from ctmsr.network import ConsistencyModel, bf16_copy
-from ctmsr.objective import Batch
-from ctmsr.perceptual import load_lpips
-from ctmsr.train_state import build_state
-from ctmsr.train_step import CompileMode, compile_step, train_step
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.attention import WindowAttention
+from ctmsr.model.device import use_fast_math
+from ctmsr.model.network import ConsistencyModel, bf16_copy
+from ctmsr.training.objective import Batch
+from ctmsr.training.state import build_state
+from ctmsr.training.step import CompileMode, compile_step, train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 

@@ -12,9 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import flatten, from_dict, override, to_dict
-from ctmsr.network import ConsistencyModel
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.evaluate import __main__ as evaluate
@@ -197,7 +197,11 @@ def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: P
         ("val", "s3://no-such-bucket/photos", "its bucket does not exist. Check the name"),
         ("train", "/no/such/folder", "/no/such/folder does not exist. Check the path."),
         ("train", "ftp://host/photos", "use s3://bucket/path, gs://bucket/path or a local path"),
-        ("train", "{bucket}/notes", "no image under {bucket}/notes (1 other files). Supported suffixes: .png"),
+        (
+            "train",
+            "{bucket}/notes",
+            "no image under {bucket}/notes (1 other files). Supported suffixes: .png",
+        ),
         ("train", "{bucket}/nothing", "no image under {bucket}/nothing (0 other files)"),
         (
             "train",

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import DataError, UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.metrics import psnr_y
-from ctmsr.network import ConsistencyModel
-from ctmsr.niqe import niqe
-from ctmsr.scoring import bicubic, table
+from ctmsr.metrics.full_reference import psnr_y
+from ctmsr.metrics.niqe import niqe
+from ctmsr.metrics.scoring import bicubic, table
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import find_held_out
 from pipelines.evaluate.__main__ import main

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctmsr.degradation import DegradationConfig
+from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import encode_png
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker

@@ -83,7 +83,9 @@ def test_a_scan_goes_on_where_it_stopped_and_sees_what_is_new(
 
     parts[0].unlink()  # as if the scan had been killed before its last chunk
     Path(f"{folder}.index/summary.json").unlink()
-    with pytest.raises(DataError, match=r"photos\.index is not an index, or its scan did not finish.*pipelines\.index"):
+    with pytest.raises(
+        DataError, match=r"photos\.index is not an index, or its scan did not finish.*pipelines\.index"
+    ):
         find_pictures(f"{folder}.index")
     assert index([str(folder)]) == 0
     said = capsys.readouterr().out

@@ -17,11 +17,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.util.state import list_actors, list_tasks
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.inference import upscale
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import HeldOut, find_held_out

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctmsr.errors import ConfigError
-from ctmsr.network import ConsistencyModel, NetworkConfig, bf16_copy
+from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
 
 from ..fixture_inputs import FIXTURES, FULL, TINY, fill_weights, tensor
 from ..tiny import NETWORK, filled_model

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from ..image import to_tensor, to_u8, upsample
+from .dists import Dists, dists
 from .full_reference import lpips_alex, psnr_y, ssim_y
 from .niqe import MIN_SIDE_PX, niqe
 from .perceptual import Lpips
@@ -30,8 +31,10 @@ class Pair:
     """uint8 HWC; None where there is no reference."""
     lpips: Lpips
     """LPIPS-alex."""
-    crop_border: int
+    crop_border: int = 0
     """Pixels cut from every side for PSNR, SSIM and NIQE."""
+    dists: Dists | None = None
+    """Only DISTS needs it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Metric:
     needs_reference: bool = True
 
 
+def _dists(pair: Pair) -> float:
+    assert pair.dists is not None, "DISTS is asked for, and its network is not there"
+    return dists(pair.sr_u8, pair.hr_u8, pair.dists)
+
+
 def _niqe(pair: Pair) -> float | None:
     large_enough = min(pair.sr_u8.shape[:2]) >= MIN_SIDE_PX + 2 * pair.crop_border
     return niqe(pair.sr_u8, crop_border=pair.crop_border) if large_enough else None
@@ -58,11 +66,13 @@ METRICS = {
     ),
     "ssim_y": Metric("SSIM-Y", lambda p: ssim_y(p.sr_u8, p.hr_u8, crop_border=p.crop_border), rises=True),
     "lpips": Metric("LPIPS", lambda p: lpips_alex(p.sr_u8, p.hr_u8, p.lpips), rises=False),
+    "dists": Metric("DISTS", _dists, rises=False),
     "niqe": Metric("NIQE", _niqe, rises=False, needs_reference=False),
 }
 """Every metric of an evaluation, by the name of its score."""
 REFERENCE_METRICS = ("psnr_y", "ssim_y", "lpips")
-"""Those that compare with the HR picture: what training and the comparison with the champion report."""
+"""What training and the comparison with the champion report. DISTS is not among them: with VGG16 on the whole
+picture it costs twenty times what LPIPS does."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ def score(
     *,
     scale: int,
     lpips: Lpips,
+    dists: Dists | None = None,
     crop_border: int = 0,
     metrics: Sequence[str] = REFERENCE_METRICS,
 ) -> Evaluation:
@@ -97,6 +108,7 @@ def score(
         rows: With "key", "hr" and "lq" (uint8 HWC); "hr" is None where there is no reference.
         scale: HR/LQ ratio.
         lpips: LPIPS-alex, on any device.
+        dists: DISTS, on any device, if `metrics` names it.
         crop_border: Pixels cut from every side for PSNR, SSIM and NIQE.
         metrics: Names in `METRICS`; a picture has those that can be computed of it.
     """
@@ -107,7 +119,7 @@ def score(
         images = {"": upscale(lq_u8), "bicubic_": bicubic(lq_u8, scale)}
         scores: dict[str, Any] = {"key": str(row["key"])}
         for prefix, sr_u8 in images.items():
-            pair = Pair(sr_u8, hr_u8, lpips, crop_border)
+            pair = Pair(sr_u8, hr_u8, lpips, crop_border, dists)
             for name in metrics:
                 metric = METRICS[name]
                 if hr_u8 is None and metric.needs_reference:

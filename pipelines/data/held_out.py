@@ -103,7 +103,7 @@ class HeldOut:
         else:
             what = f"centre {d.eval_crop_size} px of {d.test_uri}, degraded in {d.eval_draws} ways"
         border = f"{d.eval_crop_border} px of border cropped"
-        return f"{what}; PSNR, SSIM and NIQE on Y, {border}; LPIPS-alex 0.1 on RGB"
+        return f"{what}; PSNR, SSIM and NIQE on Y, {border}; LPIPS-alex 0.1 and DISTS on RGB"
 
 
 def find_held_out(data: DataConfig) -> HeldOut:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ctmsr.config import check, from_dict, override
 from ctmsr.errors import UserError
 from ctmsr.image import encode_png
+from ctmsr.metrics.dists import load_dists
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import METRICS, Evaluation, score
 from ctmsr.model import checkpoint
@@ -68,6 +69,7 @@ def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str,
         held_out.rows(trained),
         scale=trained.network.scale,
         lpips=load_lpips("alex").to(device),
+        dists=load_dists().to(device),
         crop_border=held_out.data.eval_crop_border,
         metrics=list(METRICS),
     )

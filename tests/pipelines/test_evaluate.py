@@ -11,6 +11,7 @@ import pytest
 from ctmsr.config import to_dict
 from ctmsr.errors import DataError, UserError
 from ctmsr.image import decode, encode_png
+from ctmsr.metrics.dists import dists, load_dists
 from ctmsr.metrics.full_reference import psnr_y
 from ctmsr.metrics.niqe import niqe
 from ctmsr.metrics.scoring import bicubic, table
@@ -69,10 +70,12 @@ def test_evaluate_takes_pairs_of_whole_pictures(
     with (tmp_path / "first/evaluation/scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [Path(row["key"]).stem for row in rows] == sorted(pairs)
+    net = load_dists()
     for row in rows:
         lq_u8 = decode((tmp_path / "lr" / row["key"]).read_bytes(), name="lr")
-        expected = psnr_y(bicubic(lq_u8, 4), pairs[Path(row["key"]).stem], crop_border=4)
-        assert float(row["bicubic_psnr_y"]) == pytest.approx(expected)
+        bicubic_u8, hr_u8 = bicubic(lq_u8, 4), pairs[Path(row["key"]).stem]
+        assert float(row["bicubic_psnr_y"]) == pytest.approx(psnr_y(bicubic_u8, hr_u8, crop_border=4))
+        assert float(row["bicubic_dists"]) == pytest.approx(dists(bicubic_u8, hr_u8, net), abs=1e-5)
     means = json.loads((tmp_path / "first/evaluation/scores.json").read_text())["means"]
     assert means["ssim_y"] == pytest.approx(np.mean([float(row["ssim_y"]) for row in rows]))
     assert decode((tmp_path / "first/evaluation/grid.png").read_bytes(), name="grid").shape == (184, 480, 3)

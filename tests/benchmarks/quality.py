@@ -1,10 +1,5 @@
 """The quality table, a checkpoint beside its peers: `python -m tests.benchmarks.quality --help`.
 
-Public test sets by bicubic x4 are taken whole; of our held-out photographs the middle 512 px, degraded in two
-ways each by the recipe for photographs. PSNR and SSIM are on Y and, like NIQE, without 4 px of border; LPIPS
-(alex) and DISTS are on RGB; colour is the mean error of low frequencies in levels of 255. Time is that of one
-CPU core, memory the peak of a process that does nothing else: means over the pictures of a set.
-
 The scores of every picture are kept in a file a row. What is there is not computed again, and rows that were
 made before or elsewhere stand in the table beside new ones.
 """
@@ -12,6 +7,7 @@ made before or elsewhere stand in the table beside new ones.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +25,7 @@ from pipelines.infra.exit_status import run
 
 from .machine import machine
 from .peers import PEERS, SCALE, Bench, Loaded, Made, load_bicubic, load_checkpoint
-from .quality_sets import PHOTOS, TESTSETS, Sample, read_set
+from .quality_sets import DRAWS, PHOTO_PX, PHOTOS, TESTSETS, Sample, read_set
 from .quality_sheet import SHEET, sheet, strip, write_strip
 
 Row = dict[str, dict[str, Any]]
@@ -42,6 +38,11 @@ COLUMNS = {
     "cpu_ms": ("ms", 0),
     "peak_mib": ("MiB", 0),
 }
+CAPTION = f"""\
+Means over the pictures of a set. Set5, Set14 and BSD100 whole, by bicubic x4; val and test are held-out
+photographs, the middle {PHOTO_PX} px, degraded in {DRAWS} ways each by the recipe for photographs. PSNR and
+SSIM on Y and, like NIQE, without {SCALE} px of border; LPIPS-alex and DISTS on RGB; colour: mean error of low
+frequencies, in levels of 255. ms: of one CPU core; MiB: peak of a process that does nothing else."""
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -72,7 +73,7 @@ def fill(path: Path, bench: Bench, samples: Iterable[Sample]) -> None:
         if sample.key not in row:
             row[sample.key] = picture_scores(bench(sample.lq_u8), sample.hr_u8, lpips, dists)
             write(path, row)
-            print(f"{path.stem} {sample.key} {row[sample.key]}", flush=True)
+            print(f"{path.stem} {sample.key} {row[sample.key]}", file=sys.stderr, flush=True)
 
 
 def write(path: Path, row: Row) -> None:
@@ -96,6 +97,7 @@ def table(rows: Mapping[str, Row]) -> str:
             millions = row["about"]["parameters"] / 1e6
             lines.append(f"{title:14}{cells}{millions:>10.2f}{len(scores):>10}")
         lines.append("")
+    lines.append(CAPTION)
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ of a registered model with the champion. A new metric is a function and its line
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -16,6 +17,7 @@ from .dists import Dists, dists
 from .full_reference import lpips_alex, psnr_y, ssim_y
 from .niqe import MIN_SIDE_PX, niqe
 from .perceptual import Lpips
+from .pyiqa_scores import PYIQA_NAMES, pyiqa_score
 
 MAX_GRID_ROWS = 8
 GRID_PX = 256
@@ -60,6 +62,10 @@ def _niqe(pair: Pair) -> float | None:
     return niqe(pair.sr_u8, crop_border=pair.crop_border) if large_enough else None
 
 
+def _pyiqa(name: str, pair: Pair) -> float:
+    return pyiqa_score(name, pair.sr_u8, pair.lpips.shift.device)
+
+
 METRICS = {
     "psnr_y": Metric(
         "PSNR-Y dB", lambda p: psnr_y(p.sr_u8, p.hr_u8, crop_border=p.crop_border), rises=True, digits=2
@@ -68,8 +74,12 @@ METRICS = {
     "lpips": Metric("LPIPS", lambda p: lpips_alex(p.sr_u8, p.hr_u8, p.lpips), rises=False),
     "dists": Metric("DISTS", _dists, rises=False),
     "niqe": Metric("NIQE", _niqe, rises=False, needs_reference=False),
+    "clipiqa": Metric("CLIPIQA", partial(_pyiqa, "clipiqa"), rises=True, needs_reference=False),
+    "musiq": Metric("MUSIQ", partial(_pyiqa, "musiq"), rises=True, digits=2, needs_reference=False),
 }
 """Every metric of an evaluation, by the name of its score."""
+OWN_METRICS = tuple(name for name in METRICS if name not in PYIQA_NAMES)
+"""Those that need nothing installed besides."""
 REFERENCE_METRICS = ("psnr_y", "ssim_y", "lpips")
 """What training and the comparison with the champion report. DISTS is not among them: with VGG16 on the whole
 picture it costs twenty times what LPIPS does."""

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint against bicubic on held-out pictures: `python -m pipelines.evaluate --help`."""
 
+from ctmsr.metrics.pyiqa_scores import PYIQA_NAMES, check_pyiqa
 from ctmsr.metrics.scoring import table
 
 from ..config.command_line import config_parser, print_config, resolve
@@ -24,15 +25,24 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = config_parser("evaluate", __doc__ or "", EXAMPLES)
     parser.add_argument("--checkpoint", metavar="URI", help="default: the newest of the run")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        choices=PYIQA_NAMES,
+        default=[],
+        help="further scores, by an installed pyiqa, whose licence forbids commercial use",
+    )
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
+    if arguments.also:
+        check_pyiqa()
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     held_out = find_held_out(config.data)
     overrides = [text for text in arguments.overrides if text.startswith("inference.")]
     with ray_cluster():
-        evaluation = evaluate(config, checkpoint_uri, held_out, overrides)
+        evaluation = evaluate(config, checkpoint_uri, held_out, overrides, arguments.also)
     print(table(evaluation))
     print(f"protocol: {held_out.protocol}")
     print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")

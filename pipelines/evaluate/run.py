@@ -15,7 +15,7 @@ from ctmsr.errors import UserError
 from ctmsr.image import encode_png
 from ctmsr.metrics.dists import load_dists
 from ctmsr.metrics.perceptual import load_lpips
-from ctmsr.metrics.scoring import METRICS, Evaluation, score
+from ctmsr.metrics.scoring import OWN_METRICS, Evaluation, score
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
 from ctmsr.model.network import ConsistencyModel
@@ -28,7 +28,11 @@ from ..infra.storage import write_bytes
 
 
 def evaluate(
-    config: RunConfig, checkpoint_uri: str, held_out: HeldOut, overrides: Sequence[str] = ()
+    config: RunConfig,
+    checkpoint_uri: str,
+    held_out: HeldOut,
+    overrides: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> Evaluation:
     """Scores a checkpoint on a test set, in one Ray task that holds the network.
 
@@ -37,6 +41,7 @@ def evaluate(
         checkpoint_uri: The checkpoint.
         held_out: The test set.
         overrides: KEY=VALUE settings that replace those of the checkpoint, such as inference.tile=128.
+        also: Names of metrics besides OWN_METRICS.
 
     Raises:
         UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
@@ -53,13 +58,15 @@ def evaluate(
         num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu)
     )
     try:
-        return ray.get(task.remote(trained, held_out, model.state_dict()))
+        return ray.get(task.remote(trained, held_out, model.state_dict(), [*OWN_METRICS, *also]))
     except ray.exceptions.RayError as error:
         raise UserError(f"evaluation failed. {root_cause(error)}") from error
 
 
 @ray.remote
-def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str, Tensor]) -> Evaluation:
+def _evaluate_remotely(
+    trained: RunConfig, held_out: HeldOut, weights: dict[str, Tensor], metrics: Sequence[str]
+) -> Evaluation:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ConsistencyModel(trained.network)
     model.load_state_dict(weights)
@@ -71,7 +78,7 @@ def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str,
         lpips=load_lpips("alex").to(device),
         dists=load_dists().to(device),
         crop_border=held_out.data.eval_crop_border,
-        metrics=list(METRICS),
+        metrics=metrics,
     )
 
 

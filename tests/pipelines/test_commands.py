@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ctmsr.config import flatten, from_dict, override, to_dict
+from ctmsr.metrics import pyiqa_scores
 from ctmsr.model import checkpoint
 from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
@@ -231,6 +232,13 @@ def test_test_pictures_that_cannot_be_used(refused: Refused, good: list[str], bu
     write_checkpoint(config, f"{config.run_uri}/checkpoint_1")
     assert "its bucket does not exist" in refused(evaluate, *good, "data.test_uri=s3://no-such-bucket")
     assert "commands/cut/cut.png" in refused(evaluate, *good, f"data.test_uri={bucket}/cut")
+
+
+def test_scores_by_a_package_that_is_not_there(
+    refused: Refused, good: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyiqa_scores, "find_spec", lambda _: None)
+    assert "pip install pyiqa" in refused(evaluate, *good, options=("--also", "musiq"))
 
 
 def test_credentials_that_are_refused(refused: Refused, good: list[str], s3: S3) -> None:

@@ -1,0 +1,54 @@
+"""CLIPIQA and MUSIQ, scores of looks without a reference, by the user's own installed pyiqa.
+
+It is no dependency: its licence, PolyForm Noncommercial 1.0.0, forbids commercial use, and it downloads the
+weights, which have licences of their own. Nothing here is needed for anything else.
+"""
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..image import to_tensor
+
+PYIQA_NAMES = ("clipiqa", "musiq")
+"""More is better in both: CLIPIQA is in [0, 1], MUSIQ in [0, 100]."""
+
+
+def check_pyiqa() -> None:
+    """Refuses where pyiqa is not there.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    if find_spec("pyiqa") is None:
+        raise UserError(
+            f"{' and '.join(PYIQA_NAMES)} need pyiqa, which is not installed: its licence forbids "
+            "commercial use. If that suits you, run `pip install pyiqa`; else leave these scores out."
+        )
+
+
+def pyiqa_score(name: str, sr_u8: np.ndarray, device: torch.device) -> float:
+    """The score of a uint8 HWC RGB picture; the first call of a process loads the network.
+
+    Args:
+        name: One of PYIQA_NAMES.
+        sr_u8: The picture.
+        device: Where the network runs.
+
+    Raises:
+        UserError: pyiqa is not installed.
+    """
+    check_pyiqa()
+    with torch.inference_mode():
+        return float(_network(name, device)((to_tensor(sr_u8[None]) + 1) / 2))
+
+
+@lru_cache
+def _network(name: str, device: torch.device) -> Any:
+    import pyiqa
+
+    return pyiqa.create_metric(name, device=device)

@@ -59,7 +59,7 @@ def resolve(arguments: argparse.Namespace) -> "RunConfig":
     config = from_dict(RunConfig, override(to_dict(from_dict(RunConfig, data)), overrides))
     if arguments.keys:
         _print_keys(config)
-        raise SystemExit
+        raise SystemExit(0)
     return config
 
 

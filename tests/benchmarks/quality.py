@@ -92,7 +92,8 @@ def table(rows: Mapping[str, Row]) -> str:
     for name in sets:
         lines.append(f"{name:14}{header}{'M param.':>10}{'pictures':>10}")
         for title, row in rows.items():
-            scores = _of(row, name)
+            if not (scores := _of(row, name)):
+                continue
             cells = "".join(f"{_mean(scores, column, digits):>11}" for column, (_, digits) in COLUMNS.items())
             millions = row["about"]["parameters"] / 1e6
             lines.append(f"{title:14}{cells}{millions:>10.2f}{len(scores):>10}")

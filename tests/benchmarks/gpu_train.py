@@ -210,6 +210,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=60, help="seconds; default %(default)s")
     parser.add_argument("--processes", type=int, help="that degrade; default: all cores but one")
     parser.add_argument("--pool", type=int, default=32_768, help="pairs in memory; default %(default)s")
+    parser.add_argument(
+        "--fill-once", action="store_true", help="make the pool's pairs once, where cores are few"
+    )
     parser.add_argument("--eval-size", type=int, default=512, help="HR px; default %(default)s")
     parser.add_argument("--eval-photos", type=int, help="of val and test each; default: all")
     parser.add_argument("--smoke", action="store_true", help="every line in seconds: tiny sizes")
@@ -260,6 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
         degradation=config.degradation,
         capacity=arguments.pool,
         num_processes=num_processes,
+        renew=not arguments.fill_once,
     )
     use_fast_math()
     is_gpu = device.type == "cuda"

@@ -37,66 +37,6 @@ from pipelines.train.run import Inputs, Outcome, check_inputs, train
 from pipelines.upscale.__main__ import main as upscale_main
 from tests.conftest import S3
 
-TOTAL_STEPS = 12
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run that has ended."""
-
-    config: RunConfig
-    outcome: Outcome
-
-    @property
-    def options(self) -> list[str]:
-        """For a command line: the config that the run left in its folder."""
-        return ["--config", f"{self.config.run_uri}/config.json"]
-
-
-def run_config(bucket: str, folder: Path, *settings: str) -> RunConfig:
-    """Twelve steps of eight samples on two workers: nine CT, three DTM."""
-    tiny = [
-        "name=first",
-        f"storage_uri={bucket}/runs",
-        f"tracking_uri=sqlite:///{folder}/mlflow.db",
-        *(f"data.{part}_uri={bucket}/photos" for part in ("train", "val", "test")),
-        "network.lq_size=16",
-        "data.eval_crop_size=64",
-        "optim.ct_steps=9",
-        "optim.dtm_steps=3",
-        "optim.dtm_refresh_steps=2",
-        "train.global_batch_size=8",
-        "train.log_every_steps=4",
-        "train.checkpoint_every_steps=4",
-        "train.max_failures=0",
-    ]
-    return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*tiny, *settings]))
-
-
-def run_to_end(config: RunConfig, inputs: Inputs | None = None) -> Outcome:
-    with progress_line() as progress:
-        return train(config, inputs or check_inputs(config), progress)
-
-
-def run_named(name: str, config: RunConfig) -> Run:
-    client = connect(config.tracking_uri)
-    experiment = client.get_experiment_by_name(config.experiment)
-    assert experiment is not None
-    (found,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
-    return found
-
-
-@pytest.fixture(scope="module")
-def bucket(s3: S3, photos: dict[str, bytes]) -> str:
-    return s3.make_bucket("training", {f"photos/{name}": data for name, data in photos.items()})
-
-
-@pytest.fixture(scope="module")
-def trained(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    config = run_config(bucket, tmp_path_factory.mktemp("training"))
-    return Trained(config, run_to_end(config))
-
-
 def test_a_run_ends_with_a_checkpoint_of_its_last_step(trained: Trained) -> None:
     assert find(trained.config.run_uri).uri == trained.outcome.checkpoint_uri
     with fetched(trained.outcome.checkpoint_uri) as folder:
@@ -125,10 +65,6 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
     assert told.data.metrics["val_lpips"] == pytest.approx(trained.outcome.metrics["lpips"])
     assert told.data.metrics["images_per_s"] > 0
     assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
-
-
-def steps_of(client: MlflowClient, run: Run, metric: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
 
 
 def test_ray_exports_how_a_run_goes(trained: Trained) -> None:
@@ -235,20 +171,6 @@ def test_a_run_that_lost_a_worker_ends_with_the_same_weights(trained: Trained, b
     assert 4 not in steps[1:]  # it did not start over
     assert steps[-1] == TOTAL_STEPS
     assert files_of(outcome.checkpoint_uri) == files_of(trained.outcome.checkpoint_uri)
-
-
-def kill_a_worker() -> None:
-    """As the kernel does when memory runs out."""
-    address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
-    workers = list_actors(address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    assert workers[0].pid
-    os.kill(workers[0].pid, signal.SIGKILL)
-
-
-def files_of(checkpoint_uri: str) -> dict[str, dict[str, object]]:
-    """Sizes and hashes of the weights and of the training state."""
-    with fetched(checkpoint_uri) as folder:
-        return checkpoint.read_manifest(folder).files
 
 
 def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_allowed(

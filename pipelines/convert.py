@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from ctmsr import checkpoint
-from ctmsr.checkpoint import CURRENT_WEIGHTS
 from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, ConfigError
-from ctmsr.network import ConsistencyModel
-from ctmsr.published import read_pth, write_pth
+from ctmsr.model import checkpoint
+from ctmsr.model.checkpoint import CURRENT_WEIGHTS
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.model.published import read_pth, write_pth
 
 from .config.command_line import config_parser, print_config, resolve
 from .config.run_config import RunConfig

@@ -21,10 +21,10 @@ import boto3
 import numpy as np
 
 from ctmsr.config import from_dict, override, to_dict
-from ctmsr.degradation import degrade
+from ctmsr.degradation.recipe import degrade
 from ctmsr.image import center_crop, decode, encode_png
+from ctmsr.metrics.scoring import side_by_side, table
 from ctmsr.rng import sample_rng
-from ctmsr.scoring import side_by_side, table
 
 from .config.presets import PRESETS
 from .config.run_config import RunConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import boto3
 from mlflow import MlflowClient
 
-from ctmsr.checkpoint import MANIFEST_FILE
+from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from .child import Child
 from .drill_verify import unreadable_newest

@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, DataError
+from ctmsr.model import checkpoint
 from pipelines.infra.checkpoints import Stored, fetched, newest
 from pipelines.infra.storage import list_sizes
 

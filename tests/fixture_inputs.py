@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctmsr.network import NetworkConfig
+from ctmsr.model.network import NetworkConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FULL = NetworkConfig()

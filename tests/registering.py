@@ -17,11 +17,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig
-from ctmsr.scoring import Evaluation
+from ctmsr.metrics.scoring import Evaluation
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctmsr.image import to_u8
-from ctmsr.losses import LossConfig
-from ctmsr.network import ConsistencyModel, NetworkConfig
-from ctmsr.objective import Batch, Recipe
-from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import OptimConfig
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.model.schedule import ScheduleConfig
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.objective import Batch, Recipe
+from ctmsr.training.state import OptimConfig
 
 from .fixture_inputs import fill_weights, tensor
 

@@ -1,44 +1,52 @@
-"""What every command line shares: preset, file and `--set` to a RunConfig, and `--dry-run`."""
+"""Options shared by the commands: from a preset, file and `--set` to a RunConfig, and `--dry-run`."""
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctmsr.config import describe, flatten, from_dict, override, to_dict
 from ctmsr.errors import ConfigError, DataError
 
+from ..infra import docstrings
+from ..infra.invocation import command_parser
 from ..infra.storage import open_uri, read_bytes
-from .presets import PRESETS
-from .run_config import RunConfig
+
+if TYPE_CHECKING:  # torch, which takes seconds, is imported by what needs a config, and not by --help
+    from .run_config import RunConfig
 
 
 def config_parser(module: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    """A parser with the options that choose a RunConfig."""
-    presets = "\n".join(
-        f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    """A parser with the options that make up a RunConfig."""
+    presets = docstrings.of_functions(Path(__file__).with_name("presets.py"))
+    listed = "\n".join(f"  {name:<12}{text}" for name, text in presets.items())
+    parser = command_parser(
+        module,
+        summary,
+        f"presets:\n{listed}\n\nexamples:\n{examples}\n\n--keys explains every key that --set takes",
     )
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines.{module}",
-        description=summary,
-        epilog=f"presets:\n{presets}\n\nexamples:\n{examples}\n\n--keys explains every key that --set takes",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--preset", default="small", help=f"one of {', '.join(PRESETS)}; default %(default)s")
+    parser.add_argument("--preset", default="small", help=f"one of {', '.join(presets)}; default %(default)s")
     parser.add_argument("--config", metavar="URI", help="a resolved config (JSON) instead of a preset")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="may be repeated"
     )
     parser.add_argument("--tracking-uri", help="MLflow: a server's address, or sqlite:///file.db")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--keys", action=_PrintKeys, nargs=0, help="print every config key and stop")
+    parser.add_argument(
+        "--keys", action="store_true", help="explain every key of the resolved config and stop"
+    )
     return parser
 
 
-def resolve(arguments: argparse.Namespace) -> RunConfig:
-    """The RunConfig that the arguments of a `config_parser` ask for.
+def resolve(arguments: argparse.Namespace) -> "RunConfig":
+    """The RunConfig that `config_parser`'s arguments describe; `--keys` explains it and ends the process.
 
     Raises:
-        ConfigError: An unknown preset, an unreadable file, or a key or value that is not allowed.
+        ConfigError: The preset is unknown, the file unreadable, or a key or value invalid.
     """
+    from .presets import PRESETS
+    from .run_config import RunConfig
+
     if arguments.config:
         data = _read_json(arguments.config)
     elif arguments.preset in PRESETS:
@@ -48,13 +56,23 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
     overrides = list(arguments.overrides)
     if arguments.tracking_uri:
         overrides.append(f"tracking_uri={arguments.tracking_uri}")
-    return from_dict(RunConfig, override(to_dict(from_dict(RunConfig, data)), overrides))
+    config = from_dict(RunConfig, override(to_dict(from_dict(RunConfig, data)), overrides))
+    if arguments.keys:
+        _print_keys(config)
+        raise SystemExit
+    return config
 
 
-def print_config(config: RunConfig) -> int:
+def print_config(config: "RunConfig") -> int:
     """Prints the resolved config as JSON, ready for `--config`; returns exit status 0."""
     print(json.dumps(to_dict(config), indent=2))
     return 0
+
+
+def _print_keys(config: "RunConfig") -> None:
+    values = flatten(to_dict(config))
+    for path, text in describe(type(config)):
+        print(f"{path} = {json.dumps(values[path])}\n    {text}")
 
 
 def _read_json(uri: str) -> dict:
@@ -63,11 +81,3 @@ def _read_json(uri: str) -> dict:
         return json.loads(read_bytes(file_system, path))
     except (DataError, ValueError) as error:
         raise ConfigError(f"--config {uri} is not a readable JSON file: {error}") from error
-
-
-class _PrintKeys(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        defaults = flatten(to_dict(RunConfig()))
-        for path, text in describe(RunConfig):
-            print(f"{path} = {json.dumps(defaults[path])}\n    {text}")
-        parser.exit()

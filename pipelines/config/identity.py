@@ -1,4 +1,4 @@
-"""Whether a command continues the run or search that is there: which settings may differ, and which not."""
+"""Which settings may change when a command resumes an existing run or search, and which may not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ _BEFORE = {"inference.noise_version": 1}
 
 @dataclass(frozen=True)
 class Identity:
-    """What may differ between two configs of the same run."""
+    """The settings that define a run: two configs that agree on them describe the same run."""
 
     free: tuple[str, ...]
-    """Keys, or sections with a dot at the end, that do not change what is computed."""
+    """Keys, or sections ending in a dot, that do not affect what is computed."""
     fixed: tuple[str, ...]
-    """Keys of free sections that do."""
+    """Keys within free sections that do."""
 
     def changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """The settings that make `now` another run, each as "key: old -> new", sorted by key.
 
-        A setting that an older version did not have counts with the value that it meant then.
+        A setting that an older version did not have counts with the value it had then.
         """
         absent = flatten(to_dict(RunConfig())) | _BEFORE
         old, new = absent | flatten(before), absent | flatten(now)
@@ -41,11 +41,11 @@ RUN = Identity(
     free=(*_PLACES, "tune.", "inference."),
     fixed=("train.global_batch_size", "train.precision"),
 )
-"""Of a training run."""
+"""The identity of a training run."""
 
 
 def search_identity(method: str) -> Identity:
-    """Of a search by `method`; more trials continue a search that has ended."""
+    """The identity of a search by `method`; ASHA and TPE can extend a finished search by more trials."""
     free: Mapping[str, Sequence[str]] = {
         "asha": ("tune.num_trials", "tune.max_concurrent"),
         "tpe": ("tune.num_trials",),

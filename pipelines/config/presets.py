@@ -1,14 +1,14 @@
-"""Named, complete runs. A preset is a function without arguments that returns a RunConfig."""
+"""Named, complete runs: a preset is a function that takes no arguments and returns a RunConfig."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from ctmsr.degradation import DegradationConfig
-from ctmsr.inference import InferenceConfig
-from ctmsr.losses import LossConfig
-from ctmsr.network import NetworkConfig
-from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import OptimConfig
+from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.model.inference import InferenceConfig
+from ctmsr.model.network import NetworkConfig
+from ctmsr.model.schedule import ScheduleConfig
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.state import OptimConfig
 
 from .run_config import DataConfig, RunConfig, TrainConfig, TuneConfig
 
@@ -19,22 +19,22 @@ def published() -> RunConfig:
 
 
 def one_gpu() -> RunConfig:
-    """`published` on one GPU: the same updates, each of 4 portions of 8 images."""
+    """`published` on one GPU: the same updates, each in 4 micro-batches of 8 images."""
     return RunConfig(train=TrainConfig(num_workers=1))
 
 
 def node() -> RunConfig:
-    """`published` on a node of 8 GPUs: the same updates, 4 images a GPU."""
+    """`published` on a node of 8 GPUs: the same updates, 4 images per GPU."""
     return RunConfig(train=TrainConfig(num_workers=8))
 
 
 def nodes() -> RunConfig:
-    """`published` on 16 GPUs of some nodes, 2 images a GPU; goes on with as few as 4 while some are gone."""
+    """`published` on 16 GPUs across several nodes, 2 images per GPU; keeps running on as few as 4."""
     return RunConfig(train=TrainConfig(num_workers=16, min_workers=4))
 
 
 def small() -> RunConfig:
-    """The same method for two CPU cores and minutes: 1.0 M parameters, 32 -> 128, mild degradation."""
+    """The same method in minutes on two CPU cores: 1.0 M parameters, 32 -> 128, mild degradation."""
     return RunConfig(
         data=DataConfig(eval_draws=4),
         degradation=_mild_degradation(),
@@ -47,9 +47,9 @@ def small() -> RunConfig:
             num_heads=2,
             dropout=0.0,
         ),
-        # Minutes are too short to follow a long trajectory from unit noise: little noise, and 1 step, then 2.
+        # Minutes are too short to learn a long trajectory from unit noise: little noise, and 1 step, then 2.
         schedule=ScheduleConfig(sigma_max=0.015, noise_rho=0.3, res_rho=0.3, s0=1, s1=2),
-        # What a short training does to brightness and contrast costs more than it gains in detail.
+        # After so short a training, shifts in brightness and contrast cost more than the detail gains.
         inference=InferenceConfig(colour_hold_px=1.0),
         loss=LossConfig(lpips_weight=0.05, dtm_weight=0.2, dtm_t_max=0.7),
         optim=OptimConfig(
@@ -88,7 +88,7 @@ def small() -> RunConfig:
 
 
 def _mild_degradation() -> DegradationConfig:
-    """Blur, little noise: minutes teach a network to undo blur, not to tell strong noise from texture."""
+    """Blur and little noise: in minutes a network learns to deblur, not to tell strong noise from texture."""
     published = DegradationConfig()
     return DegradationConfig(
         stage1=replace(
@@ -104,6 +104,38 @@ def _mild_degradation() -> DegradationConfig:
         stage2=replace(published.stage2, prob=0.0),
         final_sinc_prob=0.0,
         final_jpeg_quality=(85.0, 95.0),
+    )
+
+
+def photo_degradation() -> DegradationConfig:
+    """What photographs on the web have been through: a soft lens, some noise, a resize or two, JPEG.
+
+    Milder than the published recipe: little of it is left where a picture is clean.
+    """
+    published = DegradationConfig()
+    return DegradationConfig(
+        stage1=replace(
+            published.stage1,
+            blur_sigma_px=(0.8, 3.2),
+            sinc_prob=0.05,
+            resize_up_prob=0.1,
+            resize_down_prob=0.3,
+            resize_range=(0.5, 1.2),
+            noise_std=(0.0, 12 / 255),
+            poisson_scale=(0.01, 0.8),
+            jpeg_prob=0.3,
+            jpeg_quality=(50.0, 95.0),
+        ),
+        stage2=replace(
+            published.stage2,
+            prob=0.15,
+            blur_sigma_px=(0.2, 0.8),
+            resize_range=(0.7, 1.2),
+            noise_std=(0.0, 6 / 255),
+            poisson_scale=(0.01, 0.3),
+        ),
+        final_sinc_prob=0.1,
+        final_jpeg_quality=(55.0, 100.0),
     )
 
 

@@ -4,38 +4,38 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctmsr.config import check
-from ctmsr.degradation import DegradationConfig
-from ctmsr.inference import InferenceConfig, tile_spans
-from ctmsr.losses import LossConfig, dtm_range
-from ctmsr.network import NetworkConfig
-from ctmsr.schedule import ScheduleConfig, curriculum_steps
-from ctmsr.train_state import OptimConfig
-from ctmsr.train_step import Recipe
+from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.model.inference import InferenceConfig, tile_spans
+from ctmsr.model.network import NetworkConfig
+from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
+from ctmsr.training.losses import LossConfig, dtm_range
+from ctmsr.training.state import OptimConfig
+from ctmsr.training.step import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the pictures are: folders, searched at any depth, as s3:// or gs:// URIs or local paths.
+    """Where the pictures are: folders, searched recursively, as s3:// or gs:// URIs or local paths.
 
-    A name that ends in .index is an index of such a folder, made by `python -m pipelines.index`.
+    A name ending in .index is an index of such a folder, written by `python -m pipelines.index`.
     """
 
     train_uri: str = "data/train"
-    """Clean pictures to train on; crops are drawn from them."""
+    """Clean pictures to train on, in random crops."""
     val_uri: str = "data/val"
-    """Held-out pictures that checkpoints and trials are compared on."""
+    """Held-out pictures to compare checkpoints, trials and registered models on."""
     test_uri: str = "data/test"
-    """Held-out pictures for the final evaluation, never used to choose anything; empty where none are."""
+    """Held-out pictures for the final evaluation, never used to choose anything; empty for no references."""
     test_lq_uri: str = ""
-    """LR pictures to evaluate on, whole and as they are, instead of degraded crops; a pair has one key."""
+    """LR pictures to evaluate on, uncropped, instead of degrading data.test_uri; pairs share a key."""
     eval_crop_size: int = 256
-    """Side of the middle of a held-out picture that is evaluated, in HR pixels; a multiple of the scale."""
+    """Side of the central crop of a held-out picture to evaluate, in HR pixels; a multiple of the scale."""
     eval_draws: int = 1
-    """Ways in which every held-out picture is degraded; more make scores steadier and take longer."""
+    """Degradations of each held-out picture; more give steadier scores and take longer."""
     eval_crop_border: int = 0
-    """Pixels cut from every side before PSNR, SSIM and NIQE; papers cut the scale, or none."""
+    """Pixels cropped from every side before PSNR, SSIM and NIQE; papers crop the scale, or nothing."""
     max_unreadable: float = 0.001
-    """Share of training pictures that may have become unreadable since they were listed; more end the run."""
+    """Fraction of the training pictures that may become unreadable after listing; more end the run."""
 
     def __post_init__(self) -> None:
         check(
@@ -55,36 +55,36 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How a run spreads over the cluster, and how often it reports."""
+    """How a run uses the cluster, and how often it reports."""
 
     global_batch_size: int = 32
-    """Images an update, over all workers."""
+    """Images per update, over all workers."""
     num_workers: int = 4
-    """Ray Train workers: processes that hold the network."""
+    """Ray Train workers, each a process with a copy of the network."""
     min_workers: int = 0
-    """Workers to go on with while nodes are missing; more join up to num_workers. 0 waits for num_workers."""
+    """Fewest workers to train with while nodes are missing; more join later, up to num_workers. 0: all."""
     micro_batch_size: int = 8
-    """Images that a worker's network takes at once; of a larger part of a batch it adds up the gradients."""
+    """Most images per forward pass on a worker; a larger share of the batch accumulates gradients."""
     use_gpu: bool = True
-    """One GPU a worker; false trains on CPUs."""
+    """One GPU per worker; false trains on CPUs."""
     cpus_per_worker: float = 1.0
-    """CPUs that Ray sets aside a worker; what is left makes the data, so leave one CPU or more."""
+    """CPUs that Ray reserves per worker; the data tasks get the rest, so leave at least one."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the network's arithmetic: bf16 is autocast, several times as fast on GPUs; losses stay in fp32."""
+    """Precision of the network: bf16 is autocast, several times as fast on GPUs; losses stay in fp32."""
     compile: bool = False
-    """torch.compile the network: minutes at the start, faster steps."""
+    """torch.compile the network: takes minutes at the start and makes steps faster."""
     activation_checkpointing: bool = False
-    """Compute blocks again in the backward pass: about a third slower, a fraction of the memory."""
+    """Recompute activations in the backward pass: about a third slower, a fraction of the memory."""
     log_every_steps: int = 50
-    """Steps between two progress lines and two points in MLflow."""
+    """Steps between progress lines and between points in MLflow."""
     checkpoint_every_steps: int = 5_000
-    """Steps between two checkpoints, each with an evaluation of the EMA weights on data.val_uri."""
+    """Steps between checkpoints, each with an evaluation of the EMA weights on data.val_uri."""
     num_checkpoints_kept: int = 3
-    """Newest checkpoints that stay in storage."""
+    """Newest checkpoints to keep in storage."""
     num_best_kept: int = 1
-    """Checkpoints with the lowest LPIPS on data.val_uri that stay besides."""
+    """Checkpoints with the lowest LPIPS on data.val_uri to keep as well."""
     max_failures: int = 3
-    """Failures in a row, without a new checkpoint in between, after which workers are not started again."""
+    """Consecutive failures, without a new checkpoint in between, that a run recovers from."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -102,7 +102,7 @@ class TrainConfig:
         check(
             self.num_workers <= self.global_batch_size,
             f"train.num_workers ({self.num_workers}) must be at most train.global_batch_size "
-            f"({self.global_batch_size}): a worker without an image has nothing to do.",
+            f"({self.global_batch_size}): every worker needs at least one image.",
         )
         check(
             0 <= self.min_workers <= self.num_workers,
@@ -112,30 +112,30 @@ class TrainConfig:
         check(
             not self.min_workers or self.cpus_per_worker.is_integer(),
             f"train.cpus_per_worker must be a whole number with train.min_workers, got "
-            f"{self.cpus_per_worker}: Ray counts free places in whole CPUs.",
+            f"{self.cpus_per_worker}: Ray sizes an elastic run in whole CPUs.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """The search over noise schedules and DTM: how, on what budget, and in which space.
+    """The search over noise schedules and DTM: its method, budget and space.
 
-    The space is one field for each key that a search may vary: a range, or choices; empty, the key keeps the
-    run's own value.
+    The space has one field for each key that a search can vary: a range or a list of choices. If it is empty,
+    the key keeps the run's own value.
     """
 
     method: Literal["asha", "tpe", "pbt"] = "asha"
-    """asha stops the worse half early; tpe aims by what it has seen; pbt copies the best while they train."""
+    """asha stops the worse half early; tpe learns from earlier trials; pbt copies the best as they train."""
     num_trials: int = 12
-    """Trials, or pbt's population; the first is always the run's own schedule, to its end."""
+    """Trials, or pbt's population; the first always trains the run's own schedule, to the end."""
     max_concurrent: int = 2
     """Trials at a time; each takes train.num_workers workers."""
     ct_steps: int = 5_000
-    """CT updates of a trial."""
+    """CT updates per trial."""
     dtm_steps: int = 200
-    """DTM updates of a trial."""
+    """DTM updates per trial."""
     max_psnr_loss_db: float = 0.5
-    """PSNR-Y that may be lost to the first trial at the same step; each dB more costs a trial 1 LPIPS."""
+    """PSNR-Y that a trial may lose to the first one at the same step; each dB beyond it costs 1 LPIPS."""
     sigma_max: tuple[float, ...] = (0.4, 1.6)
     """Range of schedule.sigma_max."""
     noise_rho: tuple[float, ...] = (0.5, 3.0)
@@ -162,29 +162,29 @@ class TuneConfig:
             values = getattr(self, name)
             check(
                 not values or (len(values) == 2 and values[0] < values[1]),
-                f"tune.{name} must be a rising range [low, high], or [] for the run's own value, "
+                f"tune.{name} must be an increasing range [low, high], or [] for the run's own value, "
                 f"got {list(values)}.",
             )
         idle = [name for name in ("dtm_weight", "dtm_t_min", "dtm_t_max") if getattr(self, name)]
         check(
             bool(self.dtm_steps) or not idle,
-            f"tune.dtm_steps=0 gives {', '.join(f'tune.{name}' for name in idle)} no effect. "
+            f"with tune.dtm_steps=0, {', '.join(f'tune.{name}' for name in idle)} have no effect. "
             "Set them to [], or raise tune.dtm_steps.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
-    """When a new version takes the champion's place: both are scored on data.val_uri."""
+    """When a new version replaces the champion; both are scored on data.val_uri."""
 
     metric: Literal["lpips", "psnr_y", "ssim_y"] = "lpips"
-    """What must get better, as a mean over the pictures; of lpips, less is better."""
+    """Score that must improve, as a mean over the pictures; lower is better for lpips."""
     margin: float = 0.002
-    """Least gain in register.metric; more keeps chance from promoting. At 0 any gain will do."""
+    """Minimum gain in register.metric; a larger one keeps noise from promoting. At 0 any gain is enough."""
     guard: Literal["lpips", "psnr_y", "ssim_y"] = "psnr_y"
-    """What must not get much worse."""
+    """Score that must not get much worse."""
     guard_margin: float = 0.2
-    """Largest loss in register.guard, in its unit: dB of psnr_y."""
+    """Maximum loss in register.guard, in its own unit, such as dB for psnr_y."""
     licence: str = "Apache-2.0"
     """Licence of the released weights, for the model card; their Python code is under Apache-2.0."""
 
@@ -193,20 +193,20 @@ class RegisterConfig:
             check(getattr(self, name) >= 0, f"register.{name} must be at least 0, got {getattr(self, name)}.")
         check(
             self.guard != self.metric,
-            f"register.guard must be another score than register.metric, got {self.guard!r} for both.",
+            f"register.guard must differ from register.metric, got {self.guard!r} for both.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, whole. Presets return one; `--config`, `--set` and a Tune trial rebuild one."""
+    """A complete run. Presets return one; `--config`, `--set` and a Tune trial rebuild one."""
 
     name: str = "ctmsr"
     """Name of the run: its folder under storage_uri, and its name in MLflow."""
     seed: int = 0
-    """Seed of weights, noise, order, crops and degradation."""
+    """Seed of weights, noise, sample order, crops and degradation."""
     init_uri: str = ""
-    """Checkpoint whose weights, EMA and optimizer state a run starts from; empty: random weights."""
+    """Checkpoint to start from, with its weights, EMA and optimizer state; empty for random weights."""
     storage_uri: str = "runs"
     """Folder for checkpoints: a local path, s3://bucket/folder or gs://bucket/folder."""
     tracking_uri: str = "sqlite:///runs/mlflow.db"
@@ -230,7 +230,7 @@ class RunConfig:
         allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
         check(
             bool(self.name.strip(".")) and set(self.name) <= allowed,
-            f"name must be letters, digits, '-', '_' or '.', got {self.name!r}: it names a folder.",
+            f"name may have only letters, digits, '-', '_' and '.', as it names a folder; got {self.name!r}.",
         )
         check(
             self.data.eval_crop_size % self.network.scale == 0,
@@ -251,10 +251,10 @@ class RunConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The part that the training step needs."""
+        """The part of the config that the training step needs."""
         return Recipe(seed=self.seed, optim=self.optim, schedule=self.schedule, loss=self.loss)
 
     @property
     def run_uri(self) -> str:
-        """Where the run's checkpoints are."""
+        """The folder of the run's checkpoints."""
         return f"{self.storage_uri.rstrip('/')}/{self.name}"

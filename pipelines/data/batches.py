@@ -1,20 +1,20 @@
-"""Rows of the training stream to batches: on the device, without empty rows and unreadable pictures."""
+"""Turns rows of the training stream into batches on the device, minus empty rows and unreadable pictures."""
 
 import numpy as np
 import torch
 from ray.util.queue import Queue
 
 from ctmsr.errors import DataError
-from ctmsr.train_step import Batch
+from ctmsr.training.step import Batch
 
 from .stream import Rows
 
 
 def make_batch(rows: Rows, device: torch.device, *, global_batch_size: int, num_workers: int) -> Batch:
-    """This worker's part of a batch. Empty rows and rows with a problem are left out and lower `share`.
+    """This worker's part of a batch. Empty rows and rows with a problem are dropped, which lowers `share`.
 
-    Where none is left, a black picture stays in, which counts nothing: the worker must take part in the
-    update of the others.
+    If no row is left, a black picture of zero weight remains, as the worker still has to take part in the
+    collective update.
     """
     good = np.flatnonzero((rows["problem"] == "") & (rows["sample"] >= 0))
     kept = good if len(good) else np.arange(1)
@@ -27,35 +27,36 @@ def make_batch(rows: Rows, device: torch.device, *, global_batch_size: int, num_
     )
 
 
-class Intake:
-    """What a worker was given: bytes read, and pictures that became unreadable since they were listed.
+class StreamMonitor:
+    """Counts what a worker reads: bytes, and pictures that became unreadable since they were listed.
 
-    Each of these is told once, and too many end the run.
+    Every unreadable picture is reported once; too many of them end the run.
     """
 
-    def __init__(self, max_unreadable: float, num_own: float, progress: Queue) -> None:
-        """`num_own` is how many pictures of an epoch this worker sees; `max_unreadable` the share allowed."""
+    def __init__(self, max_unreadable: float, num_pictures: float, progress: Queue) -> None:
+        """Tolerates a fraction `max_unreadable` of the `num_pictures` that this worker sees per epoch."""
         self._limit = max_unreadable
-        self._num_own = num_own
+        self._num_pictures = num_pictures
         self._progress = progress
         self._keys: set[str] = set()
         self.file_bytes = 0
         """Read from storage for this worker's samples."""
 
     def count(self, rows: Rows) -> None:
-        """Takes note of the rows of a batch.
+        """Counts the rows of a batch.
 
         Raises:
-            DataError: More than data.max_unreadable of this worker's pictures have one.
+            DataError: More than data.max_unreadable of this worker's pictures are unreadable.
         """
         self.file_bytes += int(rows["file_bytes"].sum())
         for key, problem in zip(rows["key"].tolist(), rows["problem"].tolist(), strict=True):
             if not problem or key in self._keys:
                 continue
             self._keys.add(key)
-            if len(self._keys) > self._limit * self._num_own:
+            if len(self._keys) > self._limit * self._num_pictures:
                 raise DataError(
-                    f"{problem} That makes {len(self._keys)} such pictures among about {self._num_own:g}, "
-                    f"more than data.max_unreadable ({self._limit:g}) allows. Index the pictures anew."
+                    f"{problem} That makes {len(self._keys)} such pictures out of about "
+                    f"{self._num_pictures:g}, more than data.max_unreadable ({self._limit:g}) allows. "
+                    "Index the pictures again."
                 )
-            self._progress.put_nowait(f"warning: left out (number {len(self._keys)}): {problem}")
+            self._progress.put_nowait(f"warning: skipped (number {len(self._keys)}): {problem}")

@@ -1,4 +1,4 @@
-"""Whole pictures to evaluate on: LR pictures as they are, each with its HR picture where there is one."""
+"""Held-out sets to evaluate on: HR pictures that are degraded, or LR pictures with or without a reference."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .stream import check_images, val_samples
 def whole_pictures(
     lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef], *, scale: int
 ) -> Iterator[dict[str, Any]]:
-    """LR pictures as they are, each with its HR picture where `hr_refs` are given; one pair in memory.
+    """Uncropped LR pictures, each with its HR picture if `hr_refs` are given; loads one pair at a time.
 
     Yields:
         Rows of "key", "lq" and "hr" (uint8 HWC; None without a reference), in the order of `lq_refs`.
@@ -38,31 +38,32 @@ def whole_pictures(
             if (height, width) != (scale * lq_height, scale * lq_width):
                 raise DataError(
                     f"{path} is {width}x{height} pixels and its LR picture {ref.path} "
-                    f"{lq_width}x{lq_height}, not {scale} times less. Crop it, or leave the pair out."
+                    f"{lq_width}x{lq_height}, not {scale} times smaller. Crop it, or remove the pair."
                 )
         yield {"key": ref.key, "lq": lq_u8, "hr": hr_u8}
 
 
 def check_pairs(lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef]) -> None:
-    """Every LR picture needs exactly one HR picture.
+    """Checks that every LR picture has exactly one HR picture.
 
     Raises:
-        DataError: One has none, or two pictures of a folder have one key.
+        DataError: One has none, or two pictures of a folder share a key.
     """
     for uri, refs in ((lq_uri, lq_refs), (hr_uri, hr_refs)):
         keys = [pair_key(ref) for ref in refs]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise DataError(f"{uri} holds two pictures {twice[0]}.*, so pairs are unclear. Rename one.")
+            raise DataError(f"{uri} has two pictures {twice[0]}.*, so pairs are ambiguous. Rename one.")
     known = {pair_key(ref) for ref in hr_refs}
     if alone := [ref.key for ref in lq_refs if pair_key(ref) not in known]:
         raise DataError(
-            f"{len(alone)} of {len(lq_refs)} pictures under {lq_uri} have no HR picture of their name under "
-            f"{hr_uri}: {', '.join(alone[:3])}. Name pairs alike, or set data.test_uri= to score without."
+            f"{len(alone)} of {len(lq_refs)} pictures under {lq_uri} have no HR picture of the same name "
+            f"under {hr_uri}: {', '.join(alone[:3])}. Rename them, or set data.test_uri= to score without "
+            "references."
         )
 
 
 def pair_key(ref: ImageRef) -> str:
-    """What the two pictures of a pair have in common: the key without its suffix."""
+    """The key without its suffix, which the two pictures of a pair share."""
     return str(PurePosixPath(ref.key).with_suffix(""))
 
 
@@ -72,14 +73,14 @@ class HeldOut:
 
     data: DataConfig
     pictures: Pictures | None
-    """Of data.test_uri, where they are degraded."""
+    """HR pictures of data.test_uri that are degraded; None if there are LR pictures."""
     refs: tuple[ImageRef, ...] = ()
-    """Below data.test_uri, where they are references of `lq_refs`."""
+    """HR references of `lq_refs`, from data.test_uri."""
     lq_refs: tuple[ImageRef, ...] = ()
-    """Below data.test_lq_uri."""
+    """LR pictures of data.test_lq_uri."""
 
     def rows(self, trained: RunConfig) -> Iterable[Mapping[str, Any]]:
-        """Key, lq and hr of every sample, for a model of the config `trained`."""
+        """Key, lq and hr of every sample, for a model trained with the config `trained`."""
         scale = trained.network.scale
         if self.pictures is None:
             return whole_pictures(
@@ -95,26 +96,25 @@ class HeldOut:
 
     @property
     def protocol(self) -> str:
-        """What the scores mean, in a line."""
+        """What the scores mean, in one line."""
         d = self.data
         if self.lq_refs:
             what = f"whole pictures of {d.test_lq_uri}" + (f" against {d.test_uri}" if self.refs else "")
         else:
-            what = f"middle {d.eval_crop_size} px of {d.test_uri}, degraded in {d.eval_draws} ways"
-        return (
-            f"{what}; PSNR, SSIM and NIQE on Y less {d.eval_crop_border} px of border; LPIPS-alex 0.1 on RGB"
-        )
+            what = f"centre {d.eval_crop_size} px of {d.test_uri}, degraded in {d.eval_draws} ways"
+        border = f"{d.eval_crop_border} px of border cropped"
+        return f"{what}; PSNR, SSIM and NIQE on Y, {border}; LPIPS-alex 0.1 on RGB"
 
 
 def find_held_out(data: DataConfig) -> HeldOut:
-    """Lists what data.test_uri and data.test_lq_uri name.
+    """Lists the pictures of data.test_uri and data.test_lq_uri.
 
     Raises:
-        DataError: There is no picture, one cannot be read, or pairs do not match.
+        DataError: There are no pictures, one cannot be read, or pairs do not match.
     """
     check(
         bool(data.test_uri or data.test_lq_uri),
-        "set data.test_uri, data.test_lq_uri or both: nothing to test.",
+        "set data.test_uri, data.test_lq_uri or both: there is nothing to evaluate on.",
     )
     if not data.test_lq_uri:
         pictures = find_pictures(data.test_uri)

@@ -1,4 +1,4 @@
-"""The pictures a run draws from: a folder as it is, or an index of one, by `python -m pipelines.index`."""
+"""The pictures of a run: a plain folder, or an index written by `python -m pipelines.index`."""
 
 import hashlib
 import json
@@ -19,38 +19,38 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of pictures in storage, in order of key. Arrow arrays hold a hundred million names, too."""
+    """A set of pictures in storage, in order of key. Arrow arrays scale to a hundred million names."""
 
     uri: str
-    """As the user named it."""
+    """As given by the user."""
     keys: pa.Array
-    """Path of each below `folder`: its identity."""
+    """Paths below `folder`; they identify the pictures."""
     folder: str
-    """URI of the folder that holds them."""
+    """URI of the folder that contains them."""
     version: str
-    """Hash of the set: keys and sizes of a folder, keys and contents of an index."""
+    """Hash of the set: of keys and sizes for a folder, of keys and contents for an index."""
     lq_folder: str = ""
-    """URI of the folder of LR pictures; empty where LR is made by degradation."""
+    """URI of the folder of LR pictures; empty if LR is made by degradation."""
     lq_keys: pa.Array | None = None
-    """Below `lq_folder`, in the order of `keys`."""
+    """Paths below `lq_folder`, in the order of `keys`."""
     scale: int | None = None
-    """HR/LQ ratio, where there are LR pictures."""
+    """HR/LQ ratio of the LR pictures, if there are any."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
 
 def find_pictures(uri: str) -> Pictures:
-    """Lists a folder, or reads an index, which a URI names that ends in `.index`.
+    """Lists a folder, or reads an index if the URI ends in `.index`.
 
     Raises:
-        DataError: There is no picture or no finished index, or the store cannot be used.
+        DataError: There are no pictures, the index is unfinished, or the store cannot be used.
     """
     if uri.rstrip("/").endswith(INDEX_SUFFIX):
         return _read_index(uri)
     refs = list_images(uri)
     _, path = open_uri(uri)
-    folder = uri if "://" in uri else path  # absolute, for tasks with another working directory
+    folder = uri if "://" in uri else path  # absolute, as tasks run in another working directory
     if refs[0].path == path:  # the URI of a single picture
         folder = folder.removesuffix(refs[0].key)
     version = _hash([f"{ref.key} {ref.size}" for ref in refs])
@@ -67,13 +67,13 @@ def _read_index(uri: str) -> Pictures:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise DataError(
-            f"{uri} is no index, or an unfinished one: it has no {SUMMARY_FILE}. "
+            f"{uri} is not an index, or its scan did not finish: it has no {SUMMARY_FILE}. "
             f"Run `python -m pipelines.index FOLDER --out {uri}`."
         ) from error
     file = read_bytes(file_system, f"{root}/index-{summary['version']}.parquet")
     names = ["key", "lq_key"] if summary["lq_uri"] else ["key"]
     table = pq.read_table(pa.BufferReader(file), columns=names)
-    # 32-bit offsets end at 2 GiB of text, and what exceeds them stays in further chunks.
+    # With 32-bit offsets a chunk holds at most 2 GiB of text, and the rest would stay in further chunks.
     columns = [table[name].cast(pa.large_string()).combine_chunks() for name in names]
     return Pictures(
         uri,

@@ -1,36 +1,38 @@
-"""Which samples a training stream has, in which order and in which block: a function of seed and counts."""
+"""The samples of a training stream, their order and their blocks, as a function of the seed and of counts."""
 
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from ray.data import Datasource, ReadTask
+from ray.data import DataContext, Datasource, RandomSeedConfig, ReadTask
 from ray.data.block import BlockMetadata
 
 from ctmsr.rng import permutation
 
-from ..infra.ray_internals import num_executions
 from .pictures import Pictures
 
 _MIN_BLOCK_ROWS = 160
-"""A block costs Ray Data the same whatever it holds: 40 rows gave 1.6 to 2 times the images/s of 20, 160 gave
-1.09 times those of 80."""
+"""Ray Data's overhead is per block: 40 rows gave 1.6 to 2 times the images/s of 20, and 160 gave 1.09 times
+those of 80."""
 _ROUND_BLOCKS = 32
-"""Blocks a worker of one execution of the stream. Ray Data may make all of them ahead, and plans them, 3 ms
-each, before the first one runs."""
+"""Blocks per worker in one execution of the stream. Ray Data may run ahead by all of them, and plans them, at
+3 ms each, before the first one runs."""
 NO_SAMPLE = -1
 
 
 def rows_per_worker(global_batch_size: int, num_workers: int) -> int:
-    """Rows of the training stream that each worker takes a step."""
+    """Rows of the training stream that each worker consumes per step."""
     return -(-global_batch_size // num_workers)
 
 
 class SampleOrder(Datasource):
-    """Blocks of samples such that block j holds the rows of worker j % num_workers, step by step.
+    """Blocks of samples; block j holds the rows of worker j % num_workers, step by step.
 
-    A row names its picture, so that only this object, of which there is one, holds the list of them.
+    Every execution of the dataset yields the next round of blocks. Ray Train's shards cannot switch to a new
+    dataset each round, and Ray Data would plan the blocks of all rounds up front.
+
+    A row carries the key of its picture, so that the full list exists only once, in this object.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class SampleOrder(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        first = self._steps_per_round * num_executions(data_context)
+        first = self._steps_per_round * _num_executions(data_context)
         stop = min(first + self._steps_per_round, self._num_steps)
         tasks = []
         for step in range(first, stop, self._steps_per_block):
@@ -70,7 +72,7 @@ class SampleOrder(Datasource):
     def _task(self, samples: np.ndarray) -> ReadTask:
         num_pictures = len(self._pictures)
         epochs, positions = np.divmod(samples, num_pictures)
-        picture = np.zeros_like(samples)  # of an empty row, whose epoch is -1: any
+        picture = np.zeros_like(samples)  # empty rows, whose epoch is -1, keep picture 0
         for epoch in np.unique(epochs[samples != NO_SAMPLE]):
             order = _order(self._seed, int(epoch), num_pictures)
             picture[epochs == epoch] = order[positions[epochs == epoch]]
@@ -81,9 +83,19 @@ class SampleOrder(Datasource):
         return ReadTask(lambda: [block], metadata)
 
 
+def _num_executions(context: DataContext | None) -> int:
+    """How many times the dataset has been executed before.
+
+    Ray Data publishes this count only as part of the seed with which it reshuffles on every execution.
+    """
+    seed = RandomSeedConfig(seed=0).get_seed_tuple(data_context=context) if context else None
+    return (seed.execution_idx or 0) if seed else 0
+
+
 def sample_table(
     pictures: Pictures, samples: np.ndarray, epochs: np.ndarray, picture: np.ndarray
 ) -> pa.Table:
+    """One row per sample: "sample", "epoch", the "key" of its picture and, for pairs, "lq_key"."""
     columns = {"sample": samples, "epoch": epochs, "key": pictures.keys.take(pa.array(picture))}
     if pictures.lq_keys is not None:
         columns["lq_key"] = pictures.lq_keys.take(pa.array(picture))

@@ -1,6 +1,6 @@
-"""Evaluate a checkpoint on held-out pictures, against bicubic: `python -m pipelines.evaluate --help`."""
+"""Evaluate a checkpoint against bicubic on held-out pictures: `python -m pipelines.evaluate --help`."""
 
-from ctmsr.scoring import table
+from ctmsr.metrics.scoring import table
 
 from ..config.command_line import config_parser, print_config, resolve
 from ..data.held_out import find_held_out
@@ -12,10 +12,10 @@ from .run import evaluate, write_report
 EXAMPLES = """\
   the newest checkpoint of a run, on data.test_uri:
     python -m pipelines.evaluate --set name=first --set data.test_uri=photos/test
-  any checkpoint, on pairs of whole pictures as benchmarks have them:
+  any checkpoint, on uncropped LR/HR pairs as in most benchmarks:
     python -m pipelines.evaluate --checkpoint s3://bucket/runs/first/checkpoint_... \\
         --set data.test_uri=RealSR/HR --set data.test_lq_uri=RealSR/LR
-  on pictures without a reference, by NIQE, with other tiles than the checkpoint's:
+  on pictures without a reference, by NIQE, in smaller tiles to save memory:
     python -m pipelines.evaluate --set name=first --set data.test_uri= --set data.test_lq_uri=RealSet65 \\
         --set inference.tile=128"""
 

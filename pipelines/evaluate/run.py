@@ -1,4 +1,4 @@
-"""A checkpoint scored on a test set, and the report of it."""
+"""Scores a checkpoint on a test set and writes the report."""
 
 import csv
 import io
@@ -10,14 +10,14 @@ import ray
 import torch
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.config import check, from_dict, override
 from ctmsr.errors import UserError
 from ctmsr.image import encode_png
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import METRICS, Evaluation, score
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import METRICS, Evaluation, score
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel
 
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut
@@ -32,10 +32,10 @@ def evaluate(
     """Scores a checkpoint on a test set, in one Ray task that holds the network.
 
     Args:
-        config: Where and on what to evaluate. The model's own settings are those it was trained with.
+        config: Where and on what to evaluate. The model keeps the settings it was trained with.
         checkpoint_uri: The checkpoint.
         held_out: The test set.
-        overrides: KEY=VALUE settings laid over those of the checkpoint, such as inference.tile=128.
+        overrides: KEY=VALUE settings that replace those of the checkpoint, such as inference.tile=128.
 
     Raises:
         UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
@@ -74,7 +74,7 @@ def _evaluate_remotely(trained: RunConfig, held_out: HeldOut, weights: dict[str,
 
 
 def write_report(config: RunConfig, checkpoint_uri: str, held_out: HeldOut, evaluation: Evaluation) -> str:
-    """Writes means, the table of pictures and their grid beside the run's checkpoints; returns the folder."""
+    """Writes means, per-picture scores and a grid next to the run's checkpoints; returns the folder."""
     folder = f"{config.run_uri}/evaluation"
     report = {"checkpoint": checkpoint_uri, "protocol": held_out.protocol, "means": evaluation.means}
     write_bytes(f"{folder}/scores.json", (json.dumps(report, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A folder scanned into an index: what was scanned before is used again, the rest goes through Ray Data."""
+"""Scans a folder into an index: reuses earlier results and scans the rest with Ray Data."""
 
 import hashlib
 import json
@@ -29,20 +29,20 @@ from ..infra.storage import open_uri, read_bytes, write_bytes
 from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, stem, write_table
 
 _ROUND_CHUNKS = 64
-"""Chunks of the listing that are planned at a time."""
+"""Chunks of the listing to plan at a time."""
 _SHOW_EVERY_S = 5.0
 
 
 def build_index(settings: Settings, out: str) -> dict[str, Any]:
-    """Scans what has not been scanned and writes the index; returns its summary.
+    """Scans what has not been scanned before and writes the index; returns its summary.
 
     Raises:
-        DataError: No picture is good, or the store fails.
+        DataError: No picture is usable, or the store fails.
     """
     lq = {stem(file.key): file for file in iter_images(settings.lq_uri)} if settings.lq_uri else {}
     file_system, root = open_uri(out)
     listing = file_system.get_file_info(fs.FileSelector(f"{root}/parts", allow_not_found=True))
-    there = {info.base_name for info in listing}
+    existing = {info.base_name for info in listing}
     num_files = 0
 
     def counted() -> Iterator[Listed]:
@@ -59,7 +59,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
         todo = []
         for chunk in some:
             names.append(f"{part_name(chunk, lq, settings)}.parquet")
-            if names[-1] in there:
+            if names[-1] in existing:
                 progress.reused += len(chunk)
                 continue
             lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
@@ -82,7 +82,9 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgre
         for done in configured(blocks.map(scan)).iter_rows():
             progress.show(done["pictures"], done["bytes"])
     except ray.exceptions.RayError as error:
-        raise DataError(f"the scan stopped; the same command continues it. {root_cause(error)}") from error
+        raise DataError(
+            f"the scan stopped; run the same command again to resume it. {root_cause(error)}"
+        ) from error
 
 
 def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> di
     good, bad = table.filter(is_good), table.filter(pc.invert(is_good))
     reasons = dict(sorted(Counter(bad["status"].to_pylist()).items()))
     if not len(good):
-        raise DataError(f"none of {len(table)} pictures under {settings.uri} can be used: {reasons}.")
+        raise DataError(f"none of the {len(table)} pictures under {settings.uri} are usable: {reasons}.")
     columns = ["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]
     digest = hashlib.blake2b(digest_size=8)
     for row in zip(*(good[name].to_pylist() for name in columns), strict=True):
@@ -121,28 +123,29 @@ def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> di
 
 
 def _mark_duplicates(table: pa.Table) -> pa.Table:
-    """Of good pictures with the same bytes, the first by key stays."""
+    """Quarantines all but the first, by key, of usable pictures with the same bytes."""
     first: dict[str, str] = {}
     status, detail = table["status"].to_pylist(), table["detail"].to_pylist()
     keys, hashes = table["key"].to_pylist(), table["sha256"].to_pylist()
     for row, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
         if status[row] == "ok" and first.setdefault(sha256, key) != key:
             status[row], detail[row] = "duplicate", f"{key} has the same bytes as {first[sha256]}."
-    return _with(table, status, detail)
+    return _with_status(table, status, detail)
 
 
 def _mark_scales(table: pa.Table) -> pa.Table:
-    """Of good pairs, those of another scale than most go."""
+    """Quarantines usable pairs whose scale differs from that of the majority."""
     status, detail, scales = (table[name].to_pylist() for name in ("status", "detail", "scale"))
     common = Counter(scale for scale, what in zip(scales, status, strict=True) if what == "ok").most_common(1)
     for row, scale in enumerate(scales):
         if status[row] == "ok" and scale != common[0][0]:
             key = table["key"][row].as_py()
-            status[row], detail[row] = "bad-lq", f"{key} is a pair of scale {scale}, most are {common[0][0]}."
-    return _with(table, status, detail)
+            status[row] = "bad-lq"
+            detail[row] = f"{key} is a pair of scale {scale}; most are of scale {common[0][0]}."
+    return _with_status(table, status, detail)
 
 
-def _with(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
+def _with_status(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
     for name, column in (("status", status), ("detail", detail)):
         values = pa.array(column, pa.large_string())
         table = table.set_column(table.schema.get_field_index(name), name, values)
@@ -150,9 +153,9 @@ def _with(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
 
 
 class _ScanProgress:
-    """One line: pictures/s, MB/s and the time left.
+    """The progress line: pictures/s, MB/s and the time left.
 
-    The scan lists as it goes, so how much is left comes from a listing of its own, which only counts.
+    The scan lists the folder as it goes, so the total comes from a second listing that only counts.
     """
 
     def __init__(self, uri: str) -> None:
@@ -160,11 +163,11 @@ class _ScanProgress:
         self._pictures, self._bytes = 0, 0
         self._listed, self._is_whole = 0, False
         self.reused = 0
-        """Pictures whose part was there already."""
+        """Pictures whose results were there already."""
         threading.Thread(target=self._count, args=(uri,), daemon=True).start()
 
     def _count(self, uri: str) -> None:
-        with suppress(DataError):  # the scan meets it too, and tells
+        with suppress(DataError):  # the scan hits the same error and reports it
             for _ in iter_images(uri):
                 self._listed += 1
             self._is_whole = True
@@ -181,7 +184,7 @@ class _ScanProgress:
 
     def __str__(self) -> str:
         elapsed_s = time.monotonic() - self._started
-        known = f"  {self.reused} known from before" if self.reused else ""
+        known = f"  {self.reused} scanned before" if self.reused else ""
         left = max(0, self._listed - self.reused - self._pictures)
         if left and self._is_whole:
             known += f"  {left} to go, ETA {duration(left * elapsed_s / max(self._pictures, 1))}"

@@ -1,4 +1,4 @@
-"""A listing in chunks, and a chunk to rows of the index: every picture fetched, hashed and decoded."""
+"""Splits a listing into chunks and scans a chunk: fetches, hashes and decodes every picture."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from ..infra.listing import Listed
 from ..infra.storage import open_uri, read_bytes, write_bytes
 
 SCALES = (2, 3, 4)
-"""HR/LQ ratios that a network may have."""
+"""HR/LQ ratios that a network can have."""
 SCHEMA = pa.schema(
     {
         "key": pa.large_string(),
@@ -38,17 +38,17 @@ SCHEMA = pa.schema(
         "detail": pa.large_string(),
     }
 )
-"""Of a part; large, because 32-bit offsets end at 2 GiB of text. `status` is "ok" or the reason of the
-quarantine, `detail` its message."""
+"""Columns of a part; strings are large because 32-bit offsets end at 2 GiB of text. `status` is "ok" or the
+reason for quarantine, `detail` the message."""
 
 _CHUNK_KEYS = 256
-"""Keys of a chunk, on average."""
+"""Average number of keys in a chunk."""
 _FETCH_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the rows of a scan depend on, besides the pictures."""
+    """What the results of a scan depend on, besides the pictures."""
 
     uri: str
     lq_uri: str
@@ -56,7 +56,7 @@ class Settings:
 
 
 def chunks(files: Iterable[Listed]) -> Iterator[list[Listed]]:
-    """Consecutive files, cut where the hash of a key says so: a new file changes one chunk, no later one."""
+    """Runs of consecutive files, split at keys chosen by hash, so that a new file affects only one chunk."""
     chunk: list[Listed] = []
     for file in files:
         chunk.append(file)
@@ -68,7 +68,7 @@ def chunks(files: Iterable[Listed]) -> Iterator[list[Listed]]:
 
 
 def part_name(chunk: list[Listed], lq: dict[str, Listed], settings: Settings) -> str:
-    """Hash of all that a part's rows depend on: a part of this name need not be made again."""
+    """Hash of everything a part depends on: an existing part of this name can be reused."""
     files = [(file.key, file.size, file.etag) for file in chunk]
     pairs = [(pair.key, pair.etag) for file in chunk if (pair := lq.get(stem(file.key)))]
     text = json.dumps([files, pairs, settings.uri, settings.lq_uri, settings.min_side])
@@ -76,16 +76,16 @@ def part_name(chunk: list[Listed], lq: dict[str, Listed], settings: Settings) ->
 
 
 def stem(key: str) -> str:
-    """What the two pictures of a pair have in common: the key without its suffix."""
+    """The key without its suffix, which the two pictures of a pair share."""
     folder, slash, name = key.rpartition("/")
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
 def scan_chunk(chunk: list[Listed], lq_keys: list[str | None], settings: Settings, part_uri: str) -> None:
-    """Writes the rows of a chunk to `part_uri`, whole or not at all.
+    """Scans a chunk and writes its rows to `part_uri`, atomically.
 
     Raises:
-        DataError: The store fails. That must not count as a defect of pictures.
+        DataError: The store fails, which must not be held against the pictures.
     """
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
         rows = list(pool.map(partial(_row, settings=settings), chunk, lq_keys))
@@ -93,7 +93,7 @@ def scan_chunk(chunk: list[Listed], lq_keys: list[str | None], settings: Setting
 
 
 def write_table(table: pa.Table, uri: str) -> None:
-    """A table as one Parquet file."""
+    """Writes a table as one Parquet file."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     write_bytes(uri, buffer.getvalue())
@@ -110,10 +110,12 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
     try:
         data, path = _read(settings.uri, file.key)
         row["sha256"] = hashlib.sha256(data).hexdigest()
-        row |= _look(data, path)
+        row |= _inspect(data, path)
         if min(row["width"], row["height"]) < settings.min_side:
             size = f"{row['width']}x{row['height']}"
-            raise PictureError(f"{path} is {size} pixels, below {settings.min_side} on a side.", "too-small")
+            raise PictureError(
+                f"{path} is {size} pixels; both sides must be at least {settings.min_side}.", "too-small"
+            )
         if settings.lq_uri:
             row |= _pair(row, path, lq_key, settings)
     except PictureError as error:
@@ -121,8 +123,8 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
     return row
 
 
-def _look(data: bytes, path: str) -> dict[str, Any]:
-    """Width and height as training sees them, and the format of the header, whatever the name says."""
+def _inspect(data: bytes, path: str) -> dict[str, Any]:
+    """Width and height as training sees them, and the format by the file's header, not its name."""
     height, width, _ = decode(data, name=path).shape
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return {"width": width, "height": height, "format": image.format}
@@ -130,18 +132,20 @@ def _look(data: bytes, path: str) -> dict[str, Any]:
 
 def _pair(row: dict[str, Any], path: str, lq_key: str | None, settings: Settings) -> dict[str, Any]:
     if lq_key is None:
-        raise PictureError(f"{path} has no LR picture of its name under {settings.lq_uri}.", "missing-lq")
+        raise PictureError(
+            f"{path} has no LR picture of the same name under {settings.lq_uri}.", "missing-lq"
+        )
     data, lq_path = _read(settings.lq_uri, lq_key)
     try:
-        look = _look(data, lq_path)
+        lq = _inspect(data, lq_path)
     except PictureError as error:
         raise PictureError(str(error), "bad-lq") from error
     for scale in SCALES:
-        if (row["width"], row["height"]) == (scale * look["width"], scale * look["height"]):
+        if (row["width"], row["height"]) == (scale * lq["width"], scale * lq["height"]):
             return {"lq_key": lq_key, "lq_sha256": hashlib.sha256(data).hexdigest(), "scale": scale}
     raise PictureError(
         f"{path} is {row['width']}x{row['height']} pixels and its LR picture {lq_path} "
-        f"{look['width']}x{look['height']}: neither 2, 3 nor 4 times less.",
+        f"{lq['width']}x{lq['height']}: not 2, 3 or 4 times smaller.",
         "bad-lq",
     )
 

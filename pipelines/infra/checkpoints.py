@@ -1,7 +1,7 @@
-"""A run's checkpoints in storage: written beside the training, complete or absent, the last and best kept.
+"""A run's checkpoints in storage: written in the background, all or nothing, keeping the newest and the best.
 
-A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, as `ctmsr.checkpoint` describes it, whose
-checkpoint.json arrives last. A folder without it, or with a file of another size, does not exist for readers.
+A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, in the format of `ctmsr.model.checkpoint`,
+whose checkpoint.json is uploaded last. Readers ignore a folder without it, or with a file of the wrong size.
 """
 
 import json
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, DataError, StoreError
-from ctmsr.train_state import TrainState, state_tensors
+from ctmsr.model import checkpoint
+from ctmsr.training.state import TrainState, state_tensors
 
 from .storage import delete_folder, download_folder, list_sizes, open_uri, read_bytes, upload_folder
 
@@ -27,51 +27,51 @@ _PREFIX = "checkpoint_"
 
 @dataclass(frozen=True)
 class Stored:
-    """A complete checkpoint in storage. Its files are verified where they are fetched."""
+    """A complete checkpoint in storage. Its files are verified when they are loaded."""
 
     uri: str
     config: dict[str, Any]
-    """The run's, as JSON types."""
+    """The config of the run, as JSON types."""
     meta: dict[str, Any]
-    """What the writer said of it: step, metrics and origin."""
+    """Recorded by the writer: step, metrics and origin."""
 
     @property
     def step(self) -> int:
-        """Optimizer updates done; 0 for a converted checkpoint."""
+        """Optimizer updates completed; 0 for a converted checkpoint."""
         return int(self.meta.get("step", 0))
 
 
 def newest(run_uri: str) -> Stored | None:
-    """The last complete checkpoint of a run; None if there is none yet.
+    """The newest complete checkpoint of a run; None if there is none yet.
 
     Raises:
-        StoreError: The store refuses or does not answer.
+        StoreError: The store denies access or does not respond.
     """
     return next(complete(run_uri), None)
 
 
 def find(run_uri: str) -> Stored:
-    """The last complete checkpoint of a run.
+    """The newest complete checkpoint of a run.
 
     Raises:
         CheckpointError: The run has none.
-        StoreError: The store refuses or does not answer.
+        StoreError: The store denies access or does not respond.
     """
     found = newest(run_uri)
     if found is None:
         raise CheckpointError(
-            f"there is no complete checkpoint under {run_uri}. Train first, or set name, storage_uri."
+            f"there is no complete checkpoint under {run_uri}. Train first, or set name and storage_uri."
         )
     return found
 
 
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """A copy of the checkpoint at `uri` on this machine, for the length of a `with` block.
+    """A local copy of the checkpoint at `uri`, for the duration of a `with` block.
 
     Raises:
-        DataError: It cannot be fetched.
-        CheckpointError: What the block raises, with `uri` in place of the copy.
+        DataError: It cannot be downloaded.
+        CheckpointError: Raised in the block; its message names `uri` instead of the copy.
     """
     with tempfile.TemporaryDirectory() as scratch:
         download_folder(uri, Path(scratch))
@@ -85,17 +85,17 @@ class CheckpointWriter:
     """Writes the checkpoints of one run in a background thread, one at a time."""
 
     def __init__(self, run_uri: str, *, num_kept: int, num_best_kept: int) -> None:
-        """Of a run's checkpoints the last `num_kept` and the `num_best_kept` of lowest LPIPS stay."""
+        """Keeps the newest `num_kept` checkpoints and the `num_best_kept` with the lowest LPIPS."""
         self._run_uri = run_uri.rstrip("/")
         self._num_kept, self._num_best_kept = num_kept, num_best_kept
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, state: TrainState, config: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Copies the state to host memory and returns; one that is still being written is waited for.
+        """Copies the state to host memory and returns, after waiting for the previous write to finish.
 
         Raises:
-            StoreError: The checkpoint before could not be written.
+            StoreError: The previous checkpoint could not be written.
         """
         self.wait()
         ema = _copied(state.ema_model.state_dict())
@@ -103,7 +103,7 @@ class CheckpointWriter:
         self._writing = self._pool.submit(self._write, ema, rest, config, meta)
 
     def wait(self) -> None:
-        """Returns once what was saved is in storage.
+        """Waits until the last checkpoint is in storage.
 
         Raises:
             StoreError: It could not be written.
@@ -115,7 +115,7 @@ class CheckpointWriter:
     def _write(
         self, ema: dict[str, Tensor], rest: dict[str, Tensor], config: dict[str, Any], meta: dict[str, Any]
     ) -> None:
-        # A writer that was given up, on a node that was cut off, must not write into the same folder.
+        # A unique folder: a stale writer on a disconnected node must not write into the same one.
         name = f"{_PREFIX}{meta['step']:09d}-{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, name)
@@ -130,7 +130,7 @@ class CheckpointWriter:
         self._prune()
 
     def _prune(self) -> None:
-        """Deletes complete checkpoints that need not stay, and what was left of incomplete ones."""
+        """Deletes surplus checkpoints and the remains of incomplete ones."""
         stored = list(complete(self._run_uri))
         scored = sorted(
             (one for one in stored if "lpips" in one.meta.get("metrics", {})),
@@ -149,7 +149,7 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _folders(run_uri: str) -> dict[str, dict[str, int]]:
-    """Files and their sizes, by folder of a checkpoint that is there or was begun; the newest first."""
+    """Files and their sizes by checkpoint folder, complete or not, newest first."""
     folders: dict[str, dict[str, int]] = {}
     for path, size in list_sizes(run_uri).items():
         if len(path.parts) == 2 and path.parts[0].startswith(_PREFIX):
@@ -158,10 +158,10 @@ def _folders(run_uri: str) -> dict[str, dict[str, int]]:
 
 
 def complete(run_uri: str) -> Iterator[Stored]:
-    """Complete checkpoints of a run, the newest first.
+    """Complete checkpoints of a run, newest first.
 
     Raises:
-        StoreError: The store refuses or does not answer.
+        StoreError: The store denies access or does not respond.
     """
     file_system, root = open_uri(run_uri)
     for folder, sizes in _folders(run_uri).items():

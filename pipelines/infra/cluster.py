@@ -1,4 +1,4 @@
-"""The Ray cluster that a command runs on: the one RAY_ADDRESS names, else a private one on this machine."""
+"""The Ray cluster a command runs on: the one at RAY_ADDRESS, or else a private one on this machine."""
 
 import logging
 import os
@@ -15,35 +15,37 @@ from ctmsr.errors import UserError
 from .ray_internals import quieten_token_setup
 from .storage import STORAGE_ENV
 
-_QUIET = {
+_RAY_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else a search ends on Ctrl-C as if it had finished
-    # Ray warns at every further worker process past this number, though a search needs dozens of idle ones.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # with the handler, a search stopped by Ctrl-C looks finished
+    # Past this number Ray warns about every new worker process, and a search needs dozens of idle ones.
     "RAY_worker_maximum_startup_concurrency": "64",
     # Ray Train's `report` waits for its controller's next poll: 2 s apart by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # How long an elastic run waits for a lost node's place to be filled: a minute by default.
+    # How long an elastic run waits for a replacement of a lost node: a minute by default.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 
-_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""On this machine alone nobody gives notice, and the watcher is one more process."""
+_PRIVATE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""A private cluster is never preempted, and the watcher costs a process."""
 
-_ELSEWHERE = {"RAY_gcs_server_port_wait_time_s": "3"}
-"""A cluster that answers and still refuses wants another token: Ray would ask it for 20 s."""
+_SHARED_ENV = {"RAY_gcs_server_port_wait_time_s": "3"}
+"""A cluster that answers but rejects the connection expects another token; Ray would retry for 20 s."""
 
-_LEAST_CPUS = 4
-"""CPUs of a private cluster at least: where there are two, workers and data tasks have to share them."""
+_MIN_CPUS = 4
+"""Fewest CPUs to declare for a private cluster: on a two-core machine, workers and data tasks share them."""
 
 
 def check_gpus(num_workers: int, *, use_gpu: bool) -> None:
-    """Ray would wait for ever for GPUs that a private cluster cannot get; another cluster may yet grow.
+    """Fails early where Ray would wait forever for GPUs that a private cluster will never have.
+
+    A shared cluster is not checked, as it may still grow.
 
     Raises:
-        ConfigError: This machine has fewer than `num_workers`.
+        ConfigError: This machine has fewer than `num_workers` GPUs.
     """
     private = not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "local") == "local"
     found = torch.cuda.device_count()
@@ -55,7 +57,7 @@ def check_gpus(num_workers: int, *, use_gpu: bool) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
+    """Fails within seconds; Ray itself would retry for minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator:  # "local" and "auto" name no host
         return
@@ -70,12 +72,12 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Connects for the length of a `with` block; if Ray is connected already, it is left as it is."""
+    """Connects to Ray for the duration of a `with` block; an existing connection is left alone."""
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    for name, value in (_QUIET | (_ALONE if address == "local" else _ELSEWHERE)).items():
+    for name, value in (_RAY_ENV | (_PRIVATE_ENV if address == "local" else _SHARED_ENV)).items():
         os.environ.setdefault(name, value)
     quieten_token_setup()
     _check_reachable(address)
@@ -90,7 +92,7 @@ def _connect(address: str) -> None:
     try:
         ray.init(
             address=address,
-            num_cpus=max(_LEAST_CPUS, os.cpu_count() or 1) if address == "local" else None,
+            num_cpus=max(_MIN_CPUS, os.cpu_count() or 1) if address == "local" else None,
             include_dashboard=True if address == "local" else None,  # Tune over Train needs it
             log_to_driver=False,
             logging_level=logging.WARNING,
@@ -98,10 +100,10 @@ def _connect(address: str) -> None:
             runtime_env={"env_vars": STORAGE_ENV},
         )
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        said = f"{error!r} {error.__cause__}"  # Ray wraps it, as text
-        if "AuthenticationError" not in said:
+        details = f"{error!r} {error.__cause__}"  # Ray wraps the original error as text
+        if "AuthenticationError" not in details:
             raise
         raise UserError(
-            f"the Ray cluster at RAY_ADDRESS={address} wants a token, and was given none or another one. "
+            f"the Ray cluster at RAY_ADDRESS={address} requires a token, and this one is missing or wrong. "
             "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token."
         ) from error

@@ -1,32 +1,61 @@
-"""How every command ends: an exit status, and for a mistake the user can mend one line on stderr."""
+"""How every command ends: with an exit status and, for an error the user can fix, one line on stderr."""
 
 import logging
+import os
+import select
 import sys
 from collections.abc import Callable
 
 from ctmsr.errors import UserError
 
+from .invocation import as_typed
+
+READER_GONE = 141  # 128 + SIGPIPE
+"""The status of a program whose output nobody reads any more, as shells have it."""
+
 
 def run(main: Callable[[list[str] | None], int]) -> None:
-    """Ends the process with main's status; a UserError becomes one line and status 2, Ctrl-C status 130."""
+    """Exits with main's status; a UserError becomes one line and status 2, Ctrl-C becomes status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        status = main(None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("stopped.", file=sys.stderr)
-        status = 130
+        status = _status(main)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python writes what is left at its end
+        status = READER_GONE
     sys.exit(status)
 
 
+def _status(main: Callable[[list[str] | None], int]) -> int | str | None:
+    try:
+        return main(None)
+    except SystemExit as ended:  # of argparse
+        return ended.code
+    except UserError as error:
+        print(f"error: {as_typed(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that was closed at its other end, as by `| head`: other pipes break, too."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
 def first_cause(error: BaseException) -> BaseException:
-    """The error that started a chain of them: what Ray wraps says more than its wrapping."""
+    """The original error of a chain; it says more than Ray's wrappers around it."""
     while True:
-        # of Ray's wrappings, which may pass for what they wrap
+        # Ray's wrappers carry the wrapped error here, and may be instances of its class.
         cause = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
-        if cause is None and not isinstance(error, UserError):  # whose message says it all
+        if cause is None and not isinstance(error, UserError):  # a UserError's message is complete
             cause = error.__cause__
         if cause is None:
             return error
@@ -34,11 +63,11 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def root_cause(error: BaseException) -> str:
-    """The error that started a chain of them, in one line."""
+    """The original error of a chain, in one line."""
     return one_line(first_cause(error))
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Type and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"  # Ray Data adds lines of its own
+    return f"{type(error).__name__}: {lines[0]}"  # Ray Data appends lines of its own

@@ -1,4 +1,4 @@
-"""What a folder or bucket holds: its files in order of key, and which of them are pictures."""
+"""The files of a folder or bucket in order of key, and which of them are pictures."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from ctmsr.errors import DataError
 
-from .storage import ATTEMPTS_TO_PROBE, explained, file_infos, open_uri
+from .storage import ATTEMPTS_TO_PROBE, file_infos, open_uri, storage_errors
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -21,7 +21,7 @@ class ImageRef:
     """One picture in storage."""
 
     key: str
-    """Path below the listed URI: the picture's identity, whatever the store."""
+    """Path below the listed URI; identifies the picture in any store."""
     path: str
     """Path within its file system, for `read_bytes`."""
     size: int
@@ -30,24 +30,24 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class Listed:
-    """A file as its store lists it."""
+    """A file as listed by its store."""
 
     key: str
     """Path below the folder."""
     size: int
     etag: str
-    """Changes with the content: the store's own, or time of change and size."""
+    """Changes with the content: the store's ETag, or modification time and size."""
 
 
 def list_images(uri: str) -> tuple[ImageRef, ...]:
-    """Every picture below a folder, or the one picture that the URI names, sorted by key.
+    """Every picture below a folder, or the single picture at the URI, sorted by key.
 
     Raises:
-        DataError: There is none; the folder or bucket does not exist; access is refused; or the store has not
-            answered within about 15 seconds.
+        DataError: There are no pictures, the folder or bucket does not exist, access is denied, or the store
+            does not respond within about 15 seconds.
     """
     file_system, root = open_uri(uri, attempts=ATTEMPTS_TO_PROBE)
-    with explained(uri):
+    with storage_errors(uri):
         infos = file_infos(file_system, root)
         if not infos:
             place = file_system.get_file_info(root)
@@ -61,17 +61,17 @@ def list_images(uri: str) -> tuple[ImageRef, ...]:
     )
     if not refs:
         raise DataError(
-            f"no image under {uri} ({len(infos)} other files). Allowed suffixes: "
+            f"no image under {uri} ({len(infos)} other files). Supported suffixes: "
             f"{', '.join(IMAGE_SUFFIXES)}. Check the path, or upload pictures there."
         )
     return refs
 
 
 def list_files(uri: str) -> Iterator[Listed]:
-    """Every file below a folder, in order of key; of a bucket, a page of the listing at a time.
+    """Every file below a folder, in order of key; a bucket is listed one page at a time.
 
     Raises:
-        DataError: The store refuses or does not answer.
+        DataError: The store denies access or does not respond.
     """
     file_system, root = open_uri(uri)
     if not uri.startswith("s3://"):
@@ -81,7 +81,7 @@ def list_files(uri: str) -> Iterator[Listed]:
                 key = info.path.removeprefix(root).lstrip("/")
                 yield Listed(key, info.size, _etag(info))
         return
-    bucket, _, folder = root.partition("/")  # boto3: pyarrow gives no ETags, and the whole listing at once
+    bucket, _, folder = root.partition("/")  # boto3, as pyarrow has no ETags and lists everything at once
     prefix = f"{folder}/" if folder else ""
     try:
         for page in (
@@ -90,31 +90,31 @@ def list_files(uri: str) -> Iterator[Listed]:
             for entry in page.get("Contents", ()):
                 yield Listed(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"].strip('"'))
     except (BotoCoreError, ClientError) as error:
-        raise DataError(f"cannot list {uri}. The client said: {error}") from error
+        raise DataError(f"cannot list {uri}. The client reports: {error}") from error
 
 
 def iter_images(uri: str) -> Iterator[Listed]:
     """The pictures among `list_files`.
 
     Raises:
-        DataError: There is none, or what `list_images` raises.
+        DataError: There are no pictures, or `list_images` raises.
     """
     file_system, root = open_uri(uri, attempts=ATTEMPTS_TO_PROBE)
     found = list_files(uri) if _is_folder(file_system, root) else iter(())
     images = (file for file in found if file.key.lower().endswith(IMAGE_SUFFIXES))
     some = list(islice(images, 1))
     if not some:
-        list_images(uri)  # says why
-        raise DataError(f"{uri} is a picture, where a folder of pictures is needed.")
+        list_images(uri)  # raises with the reason
+        raise DataError(f"{uri} is a single picture. Name a folder of pictures.")
     yield from some
     yield from images
 
 
 def pictures_at(uri: str) -> tuple[str, list[Listed]]:
-    """The folder that a URI names and the pictures below it; of one picture, its folder and itself.
+    """The folder at a URI and the pictures below it; for a single picture, its folder and itself.
 
     Raises:
-        DataError: There is none, or what `list_images` raises.
+        DataError: There are no pictures, or `list_images` raises.
     """
     place = absolute(uri)
     file_system, root = open_uri(uri, attempts=ATTEMPTS_TO_PROBE)
@@ -128,12 +128,12 @@ def pictures_at(uri: str) -> tuple[str, list[Listed]]:
         files = [file for file in listed if file.key.lower().endswith(IMAGE_SUFFIXES)]
         if files:
             return place, files
-    list_images(uri)  # raises, and says why
+    list_images(uri)  # raises with the reason
     raise DataError(f"{uri} changed while it was being listed. Run the same command again.")
 
 
 def absolute(uri: str) -> str:
-    """A URI as it is, without a slash at its end; a local path from the root. Empty stays empty."""
+    """A URI without its trailing slash, or a local path made absolute; an empty string stays empty."""
     return uri.rstrip("/") if "://" in uri or not uri else open_uri(uri)[1]
 
 
@@ -145,4 +145,4 @@ def _is_folder(file_system: fs.FileSystem, root: str) -> bool:
     try:
         return file_system.get_file_info(root).type == fs.FileType.Directory
     except OSError:
-        return False  # `list_images` meets it again, and explains it
+        return False  # `list_images` runs into it again and explains it

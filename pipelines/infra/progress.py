@@ -1,4 +1,4 @@
-"""One line that says how a run goes, from rank 0 of the workers to the terminal of whoever started it."""
+"""The progress line of a run, sent from rank 0 of the workers to the terminal that started it."""
 
 import sys
 import threading
@@ -12,12 +12,12 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _PLAIN_INTERVAL_S = 10
-"""Between two lines where the output is a file, in which a line cannot be rewritten."""
+"""Minimum time between lines if the output is not a terminal, where a line cannot be rewritten."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is."""
+    """A snapshot of a run."""
 
     name: str
     phase: str
@@ -27,9 +27,9 @@ class Progress:
     images_per_s: float
     """Over all workers."""
     data_wait: float
-    """Share of the time that the trainer waited for data, 0 to 1."""
+    """Fraction of the time that the trainer waited for data, 0 to 1."""
     data_mb_per_s: float
-    """Read from storage for all workers."""
+    """Read from storage, over all workers."""
     eta_s: float
     num_workers: int
 
@@ -49,8 +49,8 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_line() -> Iterator[Queue]:
-    """A queue for Progress objects, whose newest is shown while the `with` block runs; texts stay shown."""
-    # On the driver's node: the run would not outlive another node that held the queue.
+    """A queue whose latest Progress is shown while the `with` block runs; strings stay on the screen."""
+    # On the driver's node: if another node held the queue, losing that node would end the run.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     done = threading.Event()

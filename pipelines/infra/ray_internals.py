@@ -1,6 +1,7 @@
-"""Every private name of Ray's, in one place: what it is for, what breaks without it, what was tried.
+"""Everything this project uses of Ray that Ray does not document, in one place.
 
-Tried with Ray 2.60. A name that moves in another release breaks here and nowhere else.
+For each item: what it is for, what breaks without it, and which public way was ruled out. Checked against
+Ray 2.60. If a release renames one of them, this is the only file to change.
 """
 
 import logging
@@ -10,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray.data
 import ray.train
@@ -22,23 +22,15 @@ _PAUSE_S = 0.005
 _SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
-def num_executions(context: Any) -> int:
-    """How often the data set of a DataContext has been iterated over, from 0.
+class LoopThrottle(ExecutionCallback):
+    """Sleeps briefly on every iteration of Ray Data's scheduling loop.
 
-    `DataContext._execution_idx` is the counter behind Ray Data's public `reseed_after_execution`, which
-    offers a seed and no number. Without it every iteration would give the same samples again. Tried: a new
-    data set for each round, which Ray Train's shards cannot take; one data set of all rounds, which Ray Data
-    plans at once, 3 ms a block.
-    """
-    return 0 if context is None else context._execution_idx
+    While finished blocks wait for a slow trainer, the loop spins thousands of times a second. Unthrottled it
+    takes a third of a core or more; throttled, a twentieth.
 
-
-class PausedLoop(ExecutionCallback):
-    """A pause in each turn of Ray Data's scheduling loop.
-
-    `DataContext.custom_execution_callback_classes` is public, the base class of its members is not. While
-    finished blocks wait for a slow trainer, the loop finds them ready and turns at once, thousands of times a
-    second: without the pause that takes a third of a core or more, with it a twentieth.
+    `DataContext.custom_execution_callback_classes` is public, but `ray.data` does not export the base class
+    of its members. Any class with the same four methods would work today; the base class also supplies
+    whatever methods a later release adds.
     """
 
     def on_execution_step(self, executor: object) -> None:
@@ -46,10 +38,11 @@ class PausedLoop(ExecutionCallback):
 
 
 def quieten_data() -> None:
-    """Only Ray Data's warnings reach the console, and none about progress bars; log files have everything.
+    """Limits Ray Data's console output to warnings, without the one about disabled progress bars.
 
-    The logger of the progress bars is private. Without this line `enable_progress_bars = False`, which is the
-    public way and is set as well, warns that there will be no progress bars.
+    The parent logger `ray.data` is public, the logger of the progress bars is not. Disabling the bars the
+    public way, with `enable_progress_bars = False`, logs a warning that they are disabled. Also public is
+    `ray.util.debug.disable_log_once_globally()`, which would hide every other one-time warning as well.
     """
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -58,21 +51,27 @@ def quieten_data() -> None:
 
 
 def quieten_token_setup() -> None:
-    """Ray turns token authentication on by itself; its warning of that is no news to the user.
+    """Hides the warning that Ray has turned on token authentication for a private cluster.
 
-    The logger is private. Tried: `logging_level` of `ray.init`, which is set after the warning.
+    The logger is private. `RAY_AUTH_MODE=token` in the environment avoids the warning, but only if it is set
+    before Ray is imported. `logging_level` and `logging_config` of `ray.init` would hide Ray's other warnings
+    too.
     """
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 @contextmanager
-def address_known() -> Iterator[None]:
-    """Gives Ray Train's helper processes the address of their cluster, for the length of a `with` block.
+def train_helpers_find_cluster() -> Iterator[None]:
+    """Passes the cluster's address to Ray Train's helper processes for the duration of a `with` block.
 
-    The helper that frees the places of workers whose controller died asks Ray's state API, which looks for a
-    cluster on the machine and gives up where it finds two. Then a trial that is stopped keeps its places.
-    Train copies only the variables in its private list to its processes. Tried:
-    `RunConfig(worker_runtime_env=)`, which reaches the workers and not the helper.
+    When a training's controller dies, for instance because a trial is stopped, a helper releases the
+    resources of its workers. To learn of the death it queries Ray's state API, which without an address looks
+    for a cluster on the machine: if there are two, it picks the wrong one or fails, and the workers'
+    resources are never released.
+
+    Train copies only the variables in a private set to its controller, from which the helper inherits them.
+    `RunConfig(worker_runtime_env=)` reaches the workers but not the helper, and the `runtime_env` of
+    `ray.init` has to be given before a private cluster has an address.
     """
     before = os.environ.get("RAY_ADDRESS")
     TRAIN_ENV_VARS.add("RAY_ADDRESS")
@@ -86,19 +85,20 @@ def address_known() -> Iterator[None]:
 
 
 def keep_secrets_out_of_trials() -> None:
-    """Ray Tune copies no credentials from the driver into its trials' runtime_env, which Ray logs.
+    """Stops Ray Tune from copying the driver's AWS credentials into its trials' runtime_env, which Ray logs.
 
-    The list of what it copies is private, and there is no public setting. Trials have their credentials from
-    their nodes, as trainings do.
+    The set of variables that Tune copies is private, and no public setting changes it. Trials get their
+    credentials from the environment of their nodes, like any training.
     """
     TUNE_ENV_VARS.difference_update(_SECRETS)
 
 
 @contextmanager
 def keyboard_interrupt() -> Iterator[None]:
-    """Ctrl-C stays a KeyboardInterrupt: Ray Train's own handler exits with 0 and outlives its run.
+    """Keeps Ctrl-C a KeyboardInterrupt while Ray Train runs, and restores the SIGINT handler afterwards.
 
-    No private name, but a handler that Ray Train installs and offers no setting for.
+    Nothing private here, but Ray Train has no setting for the handler it installs: one that may exit with
+    status 0 and stays in place after the run.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -106,6 +106,6 @@ def keyboard_interrupt() -> Iterator[None]:
     except SystemExit as stopped:
         raise KeyboardInterrupt from stopped
     finally:
-        # A trial runs in another thread, without a handler.
+        # A trial runs outside the main thread, where handlers can be neither installed nor restored.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)

@@ -4,9 +4,9 @@ The version is loaded back from MLflow and must give the bytes of its checkpoint
 scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or `challenger`.
 """
 
-from ctmsr import checkpoint
-from ctmsr.checkpoint import Manifest
 from ctmsr.config import from_dict, override, to_dict
+from ctmsr.model import checkpoint
+from ctmsr.model.checkpoint import Manifest
 
 from ..config.command_line import config_parser, print_config, resolve
 from ..config.run_config import RunConfig

@@ -11,8 +11,8 @@ import torch
 
 from ctmsr.config import to_dict
 from ctmsr.errors import UserError
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import Evaluation, score
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import Evaluation, score
 
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut, find_held_out

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ctmsr.checkpoint import Manifest
-from ctmsr.scoring import METRICS
+from ctmsr.metrics.scoring import METRICS
+from ctmsr.model.checkpoint import Manifest
 
 from .promotion import Measured
 

@@ -33,7 +33,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from ctmsr.errors import TrackingError
-from ctmsr.scoring import METRICS, REFERENCE_METRICS
+from ctmsr.metrics.scoring import METRICS, REFERENCE_METRICS
 
 from ..config.run_config import RegisterConfig
 from ..tracking.runs import answered, connect, tracking_errors

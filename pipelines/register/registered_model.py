@@ -37,9 +37,9 @@ class UpscaleModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Imports the shipped package and loads the verified weights."""
         package = _import_package(Path(context.artifacts["ctmsr"]))
-        checkpoint = importlib.import_module(f"{package}.checkpoint")
+        checkpoint = importlib.import_module(f"{package}.model.checkpoint")
         from_dict = importlib.import_module(f"{package}.config").from_dict
-        inference = importlib.import_module(f"{package}.inference")
+        inference = importlib.import_module(f"{package}.model.inference")
         self._upscale = inference.upscale
         self._decode = importlib.import_module(f"{package}.image").decode
         self._user_error = importlib.import_module(f"{package}.errors").UserError

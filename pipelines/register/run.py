@@ -18,23 +18,24 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-from ctmsr import checkpoint
-from ctmsr.checkpoint import Manifest
+import ctmsr
 from ctmsr.config import from_dict
 from ctmsr.errors import TrackingError
 from ctmsr.image import encode_png
-from ctmsr.inference import InferenceConfig, upscale
-from ctmsr.scoring import Evaluation
+from ctmsr.metrics.scoring import Evaluation
+from ctmsr.model import checkpoint
+from ctmsr.model.checkpoint import Manifest
+from ctmsr.model.inference import InferenceConfig, upscale
 
 from ..config.run_config import RegisterConfig
+from ..infra.package import licence
 from ..tracking.models import load_from
 from ..tracking.runs import answered, connect, ensure_experiment, tracked_run, tracking_errors
 from .model_card import SAMPLE_FILE, lineage, model_card, with_sample
 from .promotion import CHAMPION, RISES, Decision, Measured, decision_of, record, settle
 
 MODEL_CODE = Path(__file__).with_name("registered_model.py")
-PACKAGE = Path(checkpoint.__file__).parent
-LICENCE = Path(__file__).parents[2] / "LICENSE"
+PACKAGE = Path(ctmsr.__file__).parent
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "torch")
 """Of the model alone: mlflow.pyfunc needs pandas, the server and the databases of mlflow it does not."""
 EXAMPLE_SHAPE = (1, 20, 28, 3)  # not square and no multiple of a window: it takes the padding too
@@ -165,7 +166,7 @@ def _upload(client: MlflowClient, name: str, run_id: str, release: _Release, scr
         input_example=(release.example, {"seed": 0}),
         mlflow_model=Model(run_id=run_id, model_id=logged.model_id, model_uuid=logged.model_id),
     )
-    shutil.copy(LICENCE, scratch / "model")
+    (scratch / "model" / "LICENSE").write_text(licence(), encoding="utf-8")
     client.log_model_artifacts(logged.model_id, str(scratch / "model"))
     return logged
 

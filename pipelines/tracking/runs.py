@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ctmsr.config import flatten
 from ctmsr.errors import TrackingError
 
-from ..infra.storage import check_lasting
+from ..infra.storage import check_outlives_job
 
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
@@ -66,7 +66,7 @@ def preflight(tracking_uri: str) -> str:
         TrackingError: The address is of another kind, or there is nothing usable behind it.
     """
     _refuse_login(tracking_uri)
-    check_lasting("tracking_uri", tracking_uri)
+    check_outlives_job("tracking_uri", tracking_uri)
     if tracking_uri.startswith(("http://", "https://")):
         with tracking_errors(f"the MLflow server {tracking_uri} does not answer"), _patience(retries=0):
             _check_login(tracking_uri)

@@ -11,13 +11,13 @@ import ray.train.torch
 from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 
-from ctmsr.inference import upscale
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import score
-from ctmsr.train_state import TrainState
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import score
+from ctmsr.model.inference import upscale
+from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
-from ..data.batches import Intake
+from ..data.batches import StreamMonitor
 from ..infra.progress import Progress
 from ..tracking.metric_logger import MetricLogger
 
@@ -26,11 +26,11 @@ class Reporter:
     """Rank 0's view of the run."""
 
     def __init__(
-        self, config: RunConfig, loop: Mapping[str, Any], intake: Intake, unsent: list[dict[str, Any]]
+        self, config: RunConfig, loop: Mapping[str, Any], monitor: StreamMonitor, unsent: list[dict[str, Any]]
     ) -> None:
         """`unsent` are metrics of before, which MLflow had not taken when the checkpoint was written."""
         self._config = config
-        self._intake = intake
+        self._monitor = monitor
         self._num_workers = ray.train.get_context().get_world_size()
         self._queue: Queue = loop["progress"]
         self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"], unsent)
@@ -52,7 +52,7 @@ class Reporter:
         speed = {
             "images_per_s": self._config.train.global_batch_size / step_s,
             "data_wait": self._waited_s / elapsed_s,
-            "data_mb_per_s": self._intake.file_bytes * self._num_workers / 1e6 / elapsed_s,
+            "data_mb_per_s": self._monitor.file_bytes * self._num_workers / 1e6 / elapsed_s,
         }
         self._queue.put_nowait(
             Progress(
@@ -105,4 +105,4 @@ class Reporter:
 
     def _restart_clock(self) -> None:
         self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
-        self._intake.file_bytes = 0
+        self._monitor.file_bytes = 0

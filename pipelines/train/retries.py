@@ -11,7 +11,7 @@ from ctmsr.errors import StoreError, UserError
 from ..config.run_config import RunConfig
 from ..infra.checkpoints import newest
 from ..infra.exit_status import first_cause, one_line
-from ..infra.ray_internals import address_known, keyboard_interrupt
+from ..infra.ray_internals import keyboard_interrupt, train_helpers_find_cluster
 
 
 def fit(
@@ -31,7 +31,7 @@ def fit(
     while True:
         before = steps_done(config)
         try:
-            with keyboard_interrupt(), address_known():
+            with keyboard_interrupt(), train_helpers_find_cluster():
                 make_trainer().fit()
             return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as error:

@@ -13,18 +13,18 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from ctmsr.checkpoint import MANIFEST_FILE
 from ctmsr.config import check, to_dict
 from ctmsr.errors import CheckpointError, ConfigError, DataError
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.identity import RUN
 from ..config.run_config import RunConfig
 from ..data.pictures import Pictures, find_pictures
-from ..data.stream import StreamConfig, StreamMaker, check_images, train_stream, val_samples
+from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
 from ..infra.checkpoints import newest
 from ..infra.cluster import check_gpus
-from ..infra.storage import check_lasting, delete_folder, open_uri, read_bytes, write_bytes
+from ..infra.storage import check_outlives_job, delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .retries import fit, steps_done
 from .worker import LIBRARIES, train_loop_per_worker
@@ -63,7 +63,7 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
     """
     check_gpus(config.train.num_workers, use_gpu=config.train.use_gpu)
-    check_lasting("storage_uri", config.storage_uri)
+    check_outlives_job("storage_uri", config.storage_uri)
     pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
     check_images(pictures, hr_crop_size=config.network.hr_size)
     check_images(val, hr_crop_size=config.data.eval_crop_size)
@@ -155,7 +155,7 @@ def build_trainer(
     file_system, storage_path = open_uri(config.storage_uri)
     size = config.train.global_batch_size
 
-    def train_samples() -> StreamMaker:  # called whenever a group of workers starts
+    def train_samples() -> StreamFactory:  # called whenever a group of workers starts
         return partial(
             train_stream,
             inputs.train,

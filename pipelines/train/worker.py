@@ -15,16 +15,16 @@ import ray.train.torch
 import torch
 import torch.distributed
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, to_dict
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from ctmsr.rng import sample_seed
-from ctmsr.train_state import TrainState, build_state, restore_state, start_from
-from ctmsr.train_step import Batch, check_finite, train_step
+from ctmsr.training.state import TrainState, build_state, restore_state, start_from
+from ctmsr.training.step import Batch, check_finite, train_step
 
 from ..config.run_config import RunConfig
-from ..data.batches import Intake, make_batch
+from ..data.batches import StreamMonitor, make_batch
 from ..data.sample_order import rows_per_worker
 from ..infra.checkpoints import CheckpointWriter, fetched, newest
 from ..tracking.runs import git_commit
@@ -47,9 +47,9 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     state, unsent = _initial_state(config)
     lpips = load_lpips("vgg").to(device)
-    intake = Intake(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
-    leader = _Leader(config, loop, intake, unsent) if context.get_world_rank() == 0 else None
-    batches = _batches(config, num_workers, device, intake)
+    monitor = StreamMonitor(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
+    leader = _Leader(config, loop, monitor, unsent) if context.get_world_rank() == 0 else None
+    batches = _batches(config, num_workers, device, monitor)
     notice = None
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
@@ -78,10 +78,10 @@ class _Leader:
     """Rank 0's part: it tells how the run goes, and keeps checkpoints."""
 
     def __init__(
-        self, config: RunConfig, loop: Mapping[str, Any], intake: Intake, unsent: list[dict[str, Any]]
+        self, config: RunConfig, loop: Mapping[str, Any], monitor: StreamMonitor, unsent: list[dict[str, Any]]
     ) -> None:
         self._config, self._loop = config, loop
-        self.reporter = Reporter(config, loop, intake, unsent)
+        self.reporter = Reporter(config, loop, monitor, unsent)
         self._writer = CheckpointWriter(
             config.run_uri,
             num_kept=config.train.num_checkpoints_kept,
@@ -139,7 +139,9 @@ def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]
     return state, unsent
 
 
-def _batches(config: RunConfig, num_workers: int, device: torch.device, intake: Intake) -> Iterator[Batch]:
+def _batches(
+    config: RunConfig, num_workers: int, device: torch.device, monitor: StreamMonitor
+) -> Iterator[Batch]:
     """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
     shard, size = ray.train.get_dataset_shard("train"), config.train.global_batch_size
     while True:
@@ -148,7 +150,7 @@ def _batches(config: RunConfig, num_workers: int, device: torch.device, intake: 
             batch_size=rows_per_worker(size, num_workers), batch_format="numpy", drop_last=True
         ):
             num_batches += 1
-            intake.count(rows)
+            monitor.count(rows)
             yield make_batch(rows, device, global_batch_size=size, num_workers=num_workers)
         assert num_batches, "the stream ended before the run"
 

@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ctmsr.schedule import trajectory_levels
+from ctmsr.model.schedule import trajectory_levels
 
 from ..config.run_config import RunConfig
 from .methods import Ranked, study_of

@@ -12,9 +12,9 @@ from typing import Any
 from ray import tune
 from ray.util.queue import Queue
 
-from ctmsr.checkpoint import MANIFEST_FILE
 from ctmsr.config import flatten
 from ctmsr.errors import DataError, StoreError
+from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.run_config import RunConfig
 from ..infra.checkpoints import Stored, complete, fetched

@@ -10,7 +10,7 @@ import sys
 from ..config.run_config import RunConfig
 from ..infra.exit_status import run
 from ..infra.listing import absolute
-from ..infra.storage import check_lasting
+from ..infra.storage import check_outlives_job
 from ..tracking.models import find_version
 from ..tracking.runs import preflight
 from .run import FEW, find_pictures, upscale_few
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Upscales every input; a picture that cannot be read is named, and the others are still done."""
     arguments = build_parser().parse_args(argv)
-    check_lasting("--output", arguments.output)
+    check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
     version = find_version(preflight(arguments.tracking_uri), arguments.model)

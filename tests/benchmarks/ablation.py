@@ -1,12 +1,12 @@
 """Objectives at equal cost, with the controls: `python -m tests.benchmarks.ablation --help`.
 
 Every arm trains one network from the same weights on the same pairs in the same order, once a seed, and is
-scored on held-out photographs by its average. Without CT, the HR picture as target is the control: an arm that
-loses to it has gained nothing from its trajectory. The seeds take turns, so that what is there after a stop is
-even; results are appended to a JSON file, and what is in it is not computed again.
+scored on held-out photographs by its average. Without CT, the HR picture as target is the control: an arm
+that loses to it has gained nothing from its trajectory. The seeds take turns, so that what is there after a
+stop is even; results are appended to a JSON file, and what is in it is not computed again.
 
-Equal seconds are CPU time on CPUs, where others share the cores, and time of the wall on GPUs; each arm gets as
-many steps as its own cost allows. Equal steps are what they say. The learning rate is halved at 0.6 of the
+Equal seconds are CPU time on CPUs, where others share the cores, and time of the wall on GPUs; each arm gets
+as many steps as its own cost allows. Equal steps are what they say. The learning rate is halved at 0.6 of the
 steps and the average spans a thirtieth of them in all arms.
 """
 
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from ctmsr.config import from_dict, override, to_dict
-from ctmsr.device import use_fast_math
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.device import use_fast_math
 from pipelines.config.run_config import RunConfig
 
 from .kit import install

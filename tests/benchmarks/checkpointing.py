@@ -13,10 +13,10 @@ import time
 import torch
 
 from ctmsr.config import to_dict
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
-from ctmsr.train_state import build_state
-from ctmsr.train_step import train_step
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.training.state import build_state
+from ctmsr.training.step import train_step
 from pipelines.config.presets import small
 from pipelines.infra.checkpoints import CheckpointWriter
 

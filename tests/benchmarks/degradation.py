@@ -15,9 +15,10 @@ import numpy as np
 import skimage.data
 import torch
 
-from ctmsr import degradation, degradation_ops
-from ctmsr.degradation import degrade
-from ctmsr.degradation_config import DegradationConfig
+from ctmsr.degradation import ops as degradation_ops
+from ctmsr.degradation import recipe as degradation
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 
 from .plain_degradation import degrade_batch
 

@@ -27,13 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
-from ctmsr.device import use_fast_math
-from ctmsr.perceptual import load_lpips
-from ctmsr.scoring import side_by_side, stack
-from ctmsr.train_state import TrainState, build_state, start_from, state_tensors
-from ctmsr.train_step import check_finite
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import side_by_side, stack
+from ctmsr.model import checkpoint
+from ctmsr.model.device import use_fast_math
+from ctmsr.training.state import TrainState, build_state, start_from, state_tensors
+from ctmsr.training.step import check_finite
 from pipelines.config.run_config import RunConfig
 
 from .kit import install

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from ctmsr.network import ConsistencyModel
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 
 from .plain import count_flops, plain_network

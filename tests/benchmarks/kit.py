@@ -19,9 +19,9 @@ import cv2
 import torch
 from safetensors.torch import load_file, save_file
 
-from ctmsr import perceptual
 from ctmsr.image import decode
-from ctmsr.perceptual import BackboneName
+from ctmsr.metrics import perceptual
+from ctmsr.metrics.perceptual import BackboneName
 
 from .local_feed import SUFFIXES
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.degradation import DegradationConfig, degrade
+from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import DataError
 from ctmsr.image import decode, random_crop
-from ctmsr.train_step import Batch
+from ctmsr.training.step import Batch
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SYMMETRIES = 8
@@ -191,8 +191,8 @@ class LocalFeed:
         if self._device.type != "cuda":
             return hr_u8.clone(), lq_u8.clone()
         on_device = [pixels.to(self._device, non_blocking=True) for pixels in (hr_u8, lq_u8)]
-        self._copied[turn] = torch.cuda.Event()
-        self._copied[turn].record()
+        copied = self._copied[turn] = torch.cuda.Event()
+        copied.record()
         return on_device[0], on_device[1]
 
 

@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from ctmsr.network import ConsistencyModel, NetworkConfig, bf16_copy
+from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
 from ctmsr.rng import sample_seed
-from ctmsr.train_state import TrainState, build_state, start_from, state_tensors
-from ctmsr.train_step import check_finite, train_step
+from ctmsr.training.state import TrainState, build_state, start_from, state_tensors
+from ctmsr.training.step import check_finite, train_step
 from pipelines.config.run_config import RunConfig
 
 from .local_feed import LocalFeed
@@ -137,7 +137,7 @@ class LocalTrainer:
 
 
 def with_steps(config: RunConfig, total: int, dtm_share: float = 0.0) -> RunConfig:
-    """The config with `total` steps, and what belongs to that: lr halved at 0.6, EMA over a thirtieth of it."""
+    """The config with `total` steps, lr halved at 0.6 of them and an EMA over a thirtieth."""
     dtm_steps = round(dtm_share * total)
     optim = replace(
         config.optim,

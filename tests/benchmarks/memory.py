@@ -23,7 +23,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from ctmsr.degradation_config import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from pipelines.data.batches import make_batch
 from pipelines.data.pictures import find_pictures
 from pipelines.data.stream import StreamConfig, train_stream

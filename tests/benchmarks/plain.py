@@ -9,14 +9,14 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ctmsr.attention import WindowAttention
 from ctmsr.image import to_tensor, upsample
-from ctmsr.losses import Distance, charbonnier
-from ctmsr.network import ConsistencyModel
-from ctmsr.objective import Batch, Recipe, sample_noise
+from ctmsr.model.attention import WindowAttention
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.model.schedule import curriculum_steps, trajectory_levels
+from ctmsr.model.trajectory import trajectory_point
 from ctmsr.rng import sample_seed
-from ctmsr.schedule import curriculum_steps, trajectory_levels
-from ctmsr.trajectory import trajectory_point
+from ctmsr.training.losses import Distance, charbonnier
+from ctmsr.training.objective import Batch, Recipe, sample_noise
 
 
 class PlainAttention(WindowAttention):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctmsr.degradation import _draw_kernel, _draw_kernel_side
-from ctmsr.degradation_config import DegradationConfig, StageConfig
-from ctmsr.degradation_ops import ResizeMode, sinc_kernel
+from ctmsr.degradation.config import DegradationConfig, StageConfig
+from ctmsr.degradation.ops import ResizeMode, sinc_kernel
+from ctmsr.degradation.recipe import _draw_kernel, _draw_kernel_side
 
 KERNEL_PX = 21
 

@@ -1,4 +1,4 @@
-"""Scores of a network on held-out photographs, as means over pictures; metrics on CPUs run beside the device."""
+"""Mean scores of a network on held-out photographs; the metrics of CPUs run beside the device."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ import cv2
 import numpy as np
 import torch
 
-from ctmsr.degradation import DegradationConfig, degrade
-from ctmsr.dists import dists, load_dists
+from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.image import center_crop
-from ctmsr.inference import upscale
-from ctmsr.metrics import colour_error, lpips_alex, psnr_y, ssim_y
-from ctmsr.network import ConsistencyModel
-from ctmsr.niqe import niqe
-from ctmsr.perceptual import load_lpips
+from ctmsr.metrics.dists import dists, load_dists
+from ctmsr.metrics.full_reference import colour_error, lpips_alex, psnr_y, ssim_y
+from ctmsr.metrics.niqe import niqe
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.scoring import bicubic
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel
 from ctmsr.rng import sample_rng
-from ctmsr.scoring import bicubic
 
 COLUMNS = ("lpips", "lpips_vgg", "dists", "psnr_y", "ssim_y", "niqe", "colour_error")
 """`lpips` is LPIPS-alex, as the field reports it; `colour_error` is in levels of 255."""

@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from ctmsr.losses import LossConfig
-from ctmsr.network import ConsistencyModel, NetworkConfig
-from ctmsr.train_state import OptimConfig
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.state import OptimConfig
+from pipelines.config.presets import photo_degradation
 from pipelines.config.run_config import RunConfig, TrainConfig
 
 from .plain import count_flops
@@ -47,10 +48,11 @@ CANDIDATES: dict[str, NetworkConfig] = {
 
 
 def starter(name: str = "even") -> RunConfig:
-    """A run that trains a candidate on the published degradation, with the HR picture as target."""
+    """A run that trains a candidate as photographs need it, with the HR picture as target."""
     return RunConfig(
         name=f"starter-{name}",
         network=CANDIDATES[name],
+        degradation=photo_degradation(),
         loss=LossConfig(hr_target_until=1.0),
         optim=OptimConfig(ct_steps=10_000, dtm_steps=0, lr=1e-3, lr_halve_at=5_000, betas=(0.9, 0.99)),
         train=TrainConfig(global_batch_size=64, num_workers=1, micro_batch_size=64, precision="bf16"),

@@ -22,8 +22,8 @@ import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ctmsr.degradation import degrade
-from ctmsr.degradation_config import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.image import decode, random_crop
 from ctmsr.rng import sample_rng
 from pipelines.data.pictures import Pictures, find_pictures

@@ -15,10 +15,10 @@ import numpy as np
 import skimage.data
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict
-from ctmsr.inference import InferenceConfig, tile_spans, upscale
-from ctmsr.network import ConsistencyModel
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import InferenceConfig, tile_spans, upscale
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 
 CUTS = ((256, 64), (192, 64), (320, 96))

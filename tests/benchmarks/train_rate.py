@@ -32,12 +32,12 @@ from ray.train.torch import TorchTrainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ctmsr.degradation import degrade
-from ctmsr.network import ConsistencyModel
-from ctmsr.objective import Batch
-from ctmsr.perceptual import load_lpips
-from ctmsr.train_state import build_state
-from ctmsr.train_step import train_step
+from ctmsr.degradation.recipe import degrade
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.training.objective import Batch
+from ctmsr.training.state import build_state
+from ctmsr.training.step import train_step
 from pipelines.config.presets import small
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.cluster import ray_cluster

@@ -12,20 +12,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.attention import WindowAttention
-from ctmsr.network import ConsistencyModel
-from ctmsr.objective import Batch
-from ctmsr.perceptual import load_lpips
-from ctmsr.train_state import build_state
-from ctmsr.train_step import train_step
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.attention import WindowAttention
+from ctmsr.model.device import use_fast_math
+from ctmsr.model.network import ConsistencyModel, bf16_copy
+from ctmsr.training.objective import Batch
+from ctmsr.training.state import build_state
+from ctmsr.training.step import CompileMode, compile_step, train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 
+from .kit import install
 from .plain import PlainTraining, count_flops
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
@@ -39,27 +42,35 @@ class Variant:
 
     name: str
     channels_last: bool = False
-    bf16: bool = False
-    compile: bool = False
+    bf16_lpips: bool = False
+    autocast: bool = False
+    """bf16 by autocast, which casts the weights whenever they are used."""
+    bf16_copy: bool = False
+    """bf16 on a copy of the weights, which is cast once a step."""
+    compile: CompileMode | None = None
 
 
 OURS = Variant("+ fused AdamW and EMA, nothing read")
 GPU = (
     Variant("+ channels_last", channels_last=True),
-    Variant("+ bf16", channels_last=True, bf16=True),
-    Variant("+ torch.compile", channels_last=True, bf16=True, compile=True),
+    Variant("+ LPIPS in bf16", channels_last=True, bf16_lpips=True),
+    Variant("+ autocast to bf16", channels_last=True, bf16_lpips=True, autocast=True),
+    Variant("  or a bf16 copy of the weights", channels_last=True, bf16_lpips=True, bf16_copy=True),
+    Variant("+ torch.compile", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="default"),
 )
 
 
-def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig, lpips: torch.nn.Module) -> Step:
+def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> Step:
     """A function that makes one update of a copy of `model`."""
     model = copy.deepcopy(model)
-    model.bf16 = variant.bf16
+    model.bf16 = variant.autocast
+    lpips = load_lpips("vgg", "bf16" if variant.bf16_lpips else "fp32").to(next(model.parameters()).device)
     if variant.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = build_state(model, config.optim)
+        for module in (model, lpips):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
-        state.model.model.compile()
+        compile_step(state, lpips, variant.compile)
     return lambda batch: train_step(state, batch, config.recipe, lpips)["loss"]
 
 
@@ -112,7 +123,11 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
     )
+    parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
     arguments = parser.parse_args()
+    if arguments.kit:
+        install(arguments.kit)
+    use_fast_math()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(arguments.threads)
     config = PRESETS[arguments.preset]()
@@ -127,7 +142,7 @@ def main() -> None:
         "+ fused attention": plain(skip_known_target=True, fused_attention=True).step,
     }
     for variant in (OURS, *(GPU if device == "cuda" else ())):
-        steps[variant.name] = our_step(variant, model, config, lpips)
+        steps[variant.name] = our_step(variant, model, config)
     results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)
     report(config, model, size, device, results)
 

@@ -22,10 +22,10 @@ import ray
 import torch
 from mlflow.pyfunc import PyFuncModel
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.image import decode
-from ctmsr.network import ConsistencyModel
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.infra.cluster import ray_cluster
 from pipelines.register.run import register

@@ -16,11 +16,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.image import decode, encode_png
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from pipelines.register.run import register
 from pipelines.serve.run import serving
 from pipelines.serve.server import Limits

@@ -10,9 +10,9 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from ctmsr.network import ConsistencyModel
-from ctmsr.train_state import TrainState, build_state
-from ctmsr.train_step import train_step
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.training.state import TrainState, build_state
+from ctmsr.training.step import train_step
 
 from .. import tiny
 from ..tiny import distance, flat, make_batch

@@ -231,8 +231,10 @@ def test_a_wrong_or_missing_token_is_refused(
     )
     assert driver.returncode == 2, driver.stderr
     *warnings, error = driver.stderr.splitlines()
-    assert error.startswith(f"error: the Ray cluster at RAY_ADDRESS={env['RAY_ADDRESS']} wants a token, and")
-    assert len(warnings) <= 3  # of Ray, one each time that it tried
+    assert error.startswith(
+        f"error: the Ray cluster at RAY_ADDRESS={env['RAY_ADDRESS']} requires a token, and"
+    )
+    assert len(warnings) <= 3  # from Ray, one per attempt
     assert not token or token not in driver.stderr + job.stderr + job.stdout
 
 

@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
-from ctmsr import checkpoint
+from ctmsr.model import checkpoint
 from pipelines.infra.checkpoints import Stored, fetched, find, newest
 from tests.child import Child
 from tests.conftest import S3

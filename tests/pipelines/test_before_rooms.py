@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict
 from ctmsr.errors import ConfigError
-from ctmsr.network import ConsistencyModel
-from ctmsr.train_state import build_state, restore_state, state_tensors
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.training.state import build_state, restore_state, state_tensors
 from pipelines.config.run_config import RunConfig
 from pipelines.data.pictures import find_pictures
 from pipelines.index.__main__ import main as index

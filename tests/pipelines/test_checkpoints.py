@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, StoreError
-from ctmsr.train_state import TrainState, build_state, state_tensors
+from ctmsr.model import checkpoint
+from ctmsr.training.state import TrainState, build_state, state_tensors
 from pipelines.infra.checkpoints import CheckpointWriter, Stored, fetched, find, newest
 from pipelines.infra.storage import list_sizes, open_uri, write_bytes
 from tests.conftest import Store

@@ -12,9 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import flatten, from_dict, override, to_dict
-from ctmsr.network import ConsistencyModel
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.evaluate import __main__ as evaluate
@@ -153,8 +153,8 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),
         ("network=3", "network is a section, not a value."),
         ("seed", "--set takes key=value, such as schedule.noise_rho=3, got 'seed'."),
-        ("name=a/b", "name must be letters, digits"),
-        ("name=..", "name must be letters, digits"),
+        ("name=a/b", "name may have only letters, digits"),
+        ("name=..", "name may have only letters, digits"),
         ("data.eval_crop_size=66", "data.eval_crop_size (66) must be a multiple of network.scale (4)."),
         ("loss.dtm_t_max=0.2", "leave no step to compare"),
     ],
@@ -197,7 +197,11 @@ def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: P
         ("val", "s3://no-such-bucket/photos", "its bucket does not exist. Check the name"),
         ("train", "/no/such/folder", "/no/such/folder does not exist. Check the path."),
         ("train", "ftp://host/photos", "use s3://bucket/path, gs://bucket/path or a local path"),
-        ("train", "{bucket}/notes", "no image under {bucket}/notes (1 other files). Allowed suffixes: .png"),
+        (
+            "train",
+            "{bucket}/notes",
+            "no image under {bucket}/notes (1 other files). Supported suffixes: .png",
+        ),
         ("train", "{bucket}/nothing", "no image under {bucket}/nothing (0 other files)"),
         (
             "train",
@@ -232,7 +236,7 @@ def test_test_pictures_that_cannot_be_used(refused: Refused, good: list[str], bu
 def test_credentials_that_are_refused(refused: Refused, good: list[str], s3: S3) -> None:
     with s3.as_a_stranger():
         message = refused(train, *good)
-    assert "access is refused. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
+    assert "access is denied. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in message
 
 
 def test_a_store_that_is_not_there(
@@ -304,7 +308,7 @@ def test_a_checkpoint_that_cannot_be_used(
     Path(tmp_path, "model.pth").touch()
     for uri, message in (
         ("s3://commands/none", "s3://commands/none does not exist. Check the path."),
-        (f"{tmp_path}/model.pth", f"{tmp_path}/model.pth is a file, where a folder is needed"),
+        (f"{tmp_path}/model.pth", f"{tmp_path}/model.pth is a file, not a folder"),
         (f"{tmp_path}/damaged", f"checkpoint {tmp_path}/damaged is damaged: model.safetensors has 0 bytes"),
         (f"{tmp_path}/shape", f"checkpoint {tmp_path}/shape is of another shape than its config: model."),
     ):
@@ -343,5 +347,5 @@ def test_a_search_space_where_dtm_has_nothing_to_compare(refused: Refused) -> No
 
 
 def test_a_search_space_that_is_no_range(refused: Refused) -> None:
-    assert "tune.sigma_max must be a rising range" in refused(tune, "tune.sigma_max=[1, 0.5]")
-    assert "tune.sigma_max must be a rising range" in refused(tune, "tune.sigma_max=[1]")
+    assert "tune.sigma_max must be an increasing range" in refused(tune, "tune.sigma_max=[1, 0.5]")
+    assert "tune.sigma_max must be an increasing range" in refused(tune, "tune.sigma_max=[1]")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import DataError, UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.metrics import psnr_y
-from ctmsr.network import ConsistencyModel
-from ctmsr.niqe import niqe
-from ctmsr.scoring import bicubic, table
+from ctmsr.metrics.full_reference import psnr_y
+from ctmsr.metrics.niqe import niqe
+from ctmsr.metrics.scoring import bicubic, table
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import find_held_out
 from pipelines.evaluate.__main__ import main
@@ -104,14 +104,14 @@ def test_pairs_that_do_not_match_are_named(
     (tmp_path / "hr" / f"{first}.png").write_bytes(encode_png(pairs[first][:-4]))
     held_out = find_held_out(data)
     with pytest.raises(
-        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times less"
+        UserError, match=rf"hr/{first}\.png is 120x92 pixels and its LR picture .* not 4 times smaller"
     ):
         evaluate(untrained.config, untrained.checkpoint_uri, held_out)
     (tmp_path / "hr" / f"{first}.png").rename(tmp_path / "hr" / "other.png")
     with pytest.raises(DataError, match=rf"1 of 2 pictures under .*lr have no HR picture .*: {first}\.png"):
         find_held_out(data)
     (tmp_path / "lr" / f"{first}.jpg").touch()
-    with pytest.raises(DataError, match=rf"holds two pictures {first}\.\*"):
+    with pytest.raises(DataError, match=rf"has two pictures {first}\.\*"):
         find_held_out(data)
-    with pytest.raises(UserError, match="or both: nothing to test"):
+    with pytest.raises(UserError, match="or both: there is nothing to evaluate on"):
         find_held_out(replace(data, test_uri="", test_lq_uri=""))

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctmsr.degradation import DegradationConfig
+from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import encode_png
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker
-from pipelines.data.stream import Rows, _Maker, _train_rows
+from pipelines.data.stream import Rows, _SampleSpec, _train_rows
 
 NUM_PICTURES = 7
 
@@ -98,8 +98,8 @@ def make(pictures: Pictures, samples: list[int]) -> dict[int, tuple[str, bytes, 
     """Key, hr and lq by sample number, made in one task."""
     (block,) = SampleOrder(pictures, 3, 0, 0, 1, 1)._task(np.array(samples)).read_fn()
     rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
-    maker = _Maker(pictures.folder, "", 32, 4, DegradationConfig(), 3, False)
-    made = _train_rows(rows, maker=maker)
+    spec = _SampleSpec(pictures.folder, "", 32, 4, DegradationConfig(), 3, False)
+    made = _train_rows(rows, spec=spec)
     return {
         int(number): (str(key), hr.tobytes(), lq.tobytes())
         for number, key, hr, lq in zip(made["sample"], made["key"], made["hr"], made["lq"], strict=True)

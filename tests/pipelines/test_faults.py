@@ -23,7 +23,7 @@ FILES = {f"{i:02d}.png": bytes([i]) * (20_000 + i) for i in range(30)}
 
 EPOCH = """
 import json, sys, ray
-from ctmsr.degradation import DegradationConfig
+from ctmsr.degradation.recipe import DegradationConfig
 from pipelines.data.pictures import find_pictures
 from pipelines.data.stream import train_stream
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

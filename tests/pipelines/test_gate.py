@@ -94,7 +94,7 @@ def test_a_champion_that_came_meanwhile_counts_if_it_was_measured_on_the_same_pi
     ("changes", "message"),
     [
         ({"margin": -1.0}, r"register\.margin must be at least 0, got -1\.0"),
-        ({"guard": "lpips"}, r"register\.guard must be another score than register\.metric, got 'lpips'"),
+        ({"guard": "lpips"}, r"register\.guard must differ from register\.metric, got 'lpips'"),
     ],
 )
 def test_a_rule_without_sense_is_refused(changes: dict[str, Any], message: str) -> None:

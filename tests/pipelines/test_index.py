@@ -83,12 +83,14 @@ def test_a_scan_goes_on_where_it_stopped_and_sees_what_is_new(
 
     parts[0].unlink()  # as if the scan had been killed before its last chunk
     Path(f"{folder}.index/summary.json").unlink()
-    with pytest.raises(DataError, match=r"photos\.index is no index, or an unfinished one.*pipelines\.index"):
+    with pytest.raises(
+        DataError, match=r"photos\.index is not an index, or its scan did not finish.*pipelines\.index"
+    ):
         find_pictures(f"{folder}.index")
     assert index([str(folder)]) == 0
     said = capsys.readouterr().out
     assert "scanned 24 pictures" not in said
-    assert "known from before" in said
+    assert "scanned before" in said
     assert find_pictures(f"{folder}.index").version == before.version
 
     assert index([str(folder)]) == 0
@@ -147,7 +149,7 @@ def test_pairs_are_checked_and_their_scale_is_told(tmp_path: Path, photos: dict[
 
 def test_what_cannot_be_indexed_is_told(s3: S3, tmp_path: Path, photos: dict[str, bytes]) -> None:
     fill(str(tmp_path / "bad"), bad(3, seed=9))
-    with pytest.raises(DataError, match=r"none of 3 pictures under .*bad can be used: \{'"):
+    with pytest.raises(DataError, match=r"none of the 3 pictures under .*bad are usable: \{'"):
         index([str(tmp_path / "bad")])
     assert not (tmp_path / "bad.index/summary.json").exists()
     with pytest.raises(UserError, match=r"--out must end in \.index, got"):

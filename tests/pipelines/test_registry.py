@@ -15,11 +15,11 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-import ctmsr.inference
-from ctmsr import checkpoint
+import ctmsr.model.inference
 from ctmsr.errors import CheckpointError, TrackingError
 from ctmsr.image import decode, encode_png
-from ctmsr.noise import position_noise
+from ctmsr.model import checkpoint
+from ctmsr.model.noise import position_noise
 from pipelines.register import run as register_module
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
@@ -273,7 +273,7 @@ def test_two_versions_with_their_own_code_side_by_side(registry: Registry, tmp_p
     package = shipped_package(tmp_path / "ctmsr", OTHER_NOISE)
     with pytest.MonkeyPatch.context() as patch:  # the checkout moves on to other noise, and registers
         patch.setattr(register_module, "PACKAGE", package)
-        patch.setattr(ctmsr.inference, "position_noise", lambda *where: position_noise(*where) / 2)
+        patch.setattr(ctmsr.model.inference, "position_noise", lambda *where: position_noise(*where) / 2)
         version = registry.register(newer).version
         new_bytes = by_checkpoint(newer)
     assert registry.champion() == version

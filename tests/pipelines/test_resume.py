@@ -12,8 +12,8 @@ import pytest
 import torch
 from ray.util.queue import Empty, Queue
 
-from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, ConfigError, UserError
+from ctmsr.model import checkpoint
 from pipelines.config.run_config import RunConfig
 from pipelines.convert import export_pth, import_pth
 from pipelines.infra.checkpoints import fetched, find

@@ -231,7 +231,7 @@ def test_a_key_that_is_not_varied_keeps_the_own_value() -> None:
             ["tune.dtm_steps=0"],
             "tune.dtm_steps=0 gives tune.dtm_weight, tune.dtm_t_min, tune.dtm_t_max no effect",
         ),
-        (["tune.dtm_weight=[1]"], "tune.dtm_weight must be a rising range"),
+        (["tune.dtm_weight=[1]"], "tune.dtm_weight must be an increasing range"),
         (["tune.method=grid"], "tune.method must be one of 'asha', 'tpe', 'pbt', got 'grid'"),
         (
             [f"tune.{name}=[]" for name in ("sigma_max", "noise_rho", "res_rho", "s0", "s1")]

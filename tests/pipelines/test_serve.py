@@ -20,12 +20,12 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from pipelines.register.run import register
 from pipelines.serve.run import serving
 from pipelines.serve.server import PAGE, Limits, Server

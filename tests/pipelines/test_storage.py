@@ -81,7 +81,7 @@ def test_what_is_missing_is_told_apart(s3: S3, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"s3://no-such-bucket/x: its bucket does not exist"):
         list_images("s3://no-such-bucket/x")
     with pytest.raises(
-        DataError, match=r"no image under .*/x \(1 other files\)\. Allowed suffixes: \.png, \.jpg"
+        DataError, match=r"no image under .*/x \(1 other files\)\. Supported suffixes: \.png, \.jpg"
     ):
         list_images(f"{uri}/x")
     with pytest.raises(DataError, match=r"no image under .*/empty \(0 other files\)"):
@@ -96,7 +96,7 @@ def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
     uri = s3.make_bucket("guarded", {"a.png": b"1"})
     with (
         s3.as_a_stranger(),
-        pytest.raises(DataError, match=r"access is refused\. Check AWS_ACCESS_KEY_ID"),
+        pytest.raises(DataError, match=r"access is denied\. Check AWS_ACCESS_KEY_ID"),
     ):
         list_images(uri)
     assert len(list_images(uri)) == 1

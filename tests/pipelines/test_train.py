@@ -17,11 +17,11 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.util.state import list_actors, list_tasks
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.inference import upscale
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import HeldOut, find_held_out
@@ -197,7 +197,7 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
     intact = replace(inputs, val=find_pictures(trained.config.data.val_uri))
     run_to_end(tolerant, intact)
     assert find(tolerant.run_uri).step == TOTAL_STEPS
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: left out")]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: skipped")]
     assert told
     assert all("breaking/photos/coffee.png is not a readable picture" in line for line in told)
     with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):

@@ -13,10 +13,10 @@ import pytest
 from mlflow.entities import Run
 from ray.util import placement_group_table
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import ConfigError
 from ctmsr.image import decode
+from ctmsr.model import checkpoint
 from pipelines.config.command_line import config_parser, resolve
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig

@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import DataError, TrackingError
 from ctmsr.image import decode, encode_png
-from ctmsr.inference import upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from pipelines.infra.storage import list_sizes, open_uri, read_bytes, write_bytes
 from pipelines.register.run import register
 from pipelines.tracking.runs import preflight

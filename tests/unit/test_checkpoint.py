@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
 
 TINY = NetworkConfig(
     lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2

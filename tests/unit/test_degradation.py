@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from skimage import data
 
-from ctmsr import degradation
-from ctmsr import degradation_ops as ops
-from ctmsr.degradation import DegradationConfig, degrade
-from ctmsr.degradation_config import BlurKinds, StageConfig
+from ctmsr.degradation import ops
+from ctmsr.degradation import recipe as degradation
+from ctmsr.degradation.config import BlurKinds, StageConfig
+from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import ConfigError
 from ctmsr.rng import sample_rng
 

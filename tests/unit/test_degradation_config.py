@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ctmsr.config import from_dict, to_dict
-from ctmsr.degradation_config import BlurKinds, DegradationConfig, StageConfig
+from ctmsr.degradation.config import BlurKinds, DegradationConfig, StageConfig
 from ctmsr.errors import ConfigError
 
 PUBLISHED = DegradationConfig()

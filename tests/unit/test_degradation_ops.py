@@ -13,7 +13,7 @@ from scipy.special import j1
 from scipy.stats import poisson
 from skimage import data
 
-from ctmsr import degradation_ops as ops
+from ctmsr.degradation import ops
 
 IMAGE = np.random.default_rng(0).random((40, 53, 3), dtype=np.float32)
 

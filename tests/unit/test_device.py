@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ctmsr.device import prefetch, upload
-from ctmsr.train_step import Batch
+from ctmsr.model.device import prefetch, upload
+from ctmsr.training.objective import Batch
 
 from ..tiny import make_batch
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ctmsr.dists import Dists, dists, load_dists
+from ctmsr.metrics.dists import Dists, dists, load_dists
 
 from ..fixture_inputs import tensor
 

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctmsr.device import prefetch, use_fast_math
-from ctmsr.inference import InferenceConfig, upscale
-from ctmsr.metrics import psnr_y
-from ctmsr.network import ConsistencyModel, bf16_copy
-from ctmsr.noise import normal, position_noise
-from ctmsr.perceptual import Lpips, load_lpips
-from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import TrainState, build_state
-from ctmsr.train_step import Batch, CompileMode, check_finite, compile_step, compute_losses, train_step
+from ctmsr.metrics.full_reference import psnr_y
+from ctmsr.metrics.perceptual import Lpips, load_lpips
+from ctmsr.model.device import prefetch, use_fast_math
+from ctmsr.model.inference import InferenceConfig, upscale
+from ctmsr.model.network import ConsistencyModel, bf16_copy
+from ctmsr.model.noise import normal, position_noise
+from ctmsr.model.schedule import ScheduleConfig
+from ctmsr.training.objective import Batch, compute_losses
+from ctmsr.training.state import TrainState, build_state
+from ctmsr.training.step import CompileMode, check_finite, compile_step, train_step
 
 from ..benchmarks.plain import PlainTraining
 from ..fixture_inputs import tensor

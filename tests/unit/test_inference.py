@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ctmsr.errors import ConfigError
 from ctmsr.image import to_tensor, to_u8, upsample
-from ctmsr.inference import InferenceConfig, tile_spans, upscale
-from ctmsr.network import ConsistencyModel, NetworkConfig, bf16_copy
-from ctmsr.noise import position_noise
+from ctmsr.model.inference import InferenceConfig, tile_spans, upscale
+from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
+from ctmsr.model.noise import position_noise
 
 from ..tiny import filled_model
 

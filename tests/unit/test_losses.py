@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctmsr.errors import ConfigError
-from ctmsr.losses import (
+from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.model.schedule import ScheduleConfig, trajectory_levels
+from ctmsr.model.trajectory import trajectory_point
+from ctmsr.training.losses import (
     Distance,
     LossConfig,
     alignment_loss,
@@ -21,10 +25,6 @@ from ctmsr.losses import (
     dtm_loss,
     dtm_range,
 )
-from ctmsr.network import ConsistencyModel
-from ctmsr.perceptual import load_lpips
-from ctmsr.schedule import ScheduleConfig, trajectory_levels
-from ctmsr.trajectory import trajectory_point
 
 from ..fixture_inputs import FIXTURES, TINY, fill_weights, tensor
 

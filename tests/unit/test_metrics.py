@@ -9,9 +9,9 @@ import skimage.data
 import torch
 from torch.nn import functional
 
-from ctmsr.metrics import colour_error, lpips_alex, psnr_y, ssim_y
-from ctmsr.niqe import niqe
-from ctmsr.perceptual import Lpips, load_lpips
+from ctmsr.metrics.full_reference import colour_error, lpips_alex, psnr_y, ssim_y
+from ctmsr.metrics.niqe import niqe
+from ctmsr.metrics.perceptual import Lpips, load_lpips
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctmsr.errors import ConfigError
-from ctmsr.network import ConsistencyModel, NetworkConfig
+from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
 
 from ..fixture_inputs import FIXTURES, FULL, TINY, fill_weights, tensor
 from ..tiny import NETWORK, filled_model
@@ -110,6 +111,31 @@ def test_dropout_acts_in_training_alone() -> None:
     assert not torch.equal(model(*arguments), model(*arguments))
     model.eval()
     assert torch.equal(model(*arguments), model(*arguments))
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of the tensors that are cast while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_bf16_copy_casts_what_goes_in_and_out_and_nothing_between() -> None:
+    model = bf16_copy(filled_model())
+    x, lq = tensor("x", (2, 3, 64, 64)), tensor("lq", (2, 3, 16, 16))
+    with Casts() as casts:
+        sr = model(x, torch.tensor([0.3, 1.0]), lq)
+        sr.sum().backward()
+    assert sr.dtype == torch.float32
+    # Inside attention, (windows, 2 heads, 64 tokens, ...), a CPU's kernel casts by itself.
+    outside = [shape for shape in casts.shapes if len(shape) < 4 or shape[1] != NETWORK.num_heads]
+    assert outside == [(2, 32), (2, 51, 16, 16), (2, 3, 64, 64), (2, 3, 64, 64)]
 
 
 def test_a_fresh_network_starts_with_blocks_that_add_next_to_nothing() -> None:

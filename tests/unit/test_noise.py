@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ctmsr.noise import NoiseVersion, normal, position_noise
+from ctmsr.model.noise import NoiseVersion, normal, position_noise
 from ctmsr.rng import sample_seed
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ctmsr.image import to_tensor, upsample
-from ctmsr.losses import LossConfig, alignment_loss, consistency_loss
-from ctmsr.objective import Batch, Recipe, compute_losses, sample_noise
+from ctmsr.model.schedule import ScheduleConfig, trajectory_levels
 from ctmsr.rng import sample_seed
-from ctmsr.schedule import ScheduleConfig, trajectory_levels
-from ctmsr.train_state import TrainState, build_state
+from ctmsr.training.losses import LossConfig, alignment_loss, consistency_loss
+from ctmsr.training.objective import Batch, Recipe, compute_losses, sample_noise
+from ctmsr.training.state import TrainState, build_state
 
 from ..tiny import OPTIM, RECIPE, distance, filled_model, flat, make_batch
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctmsr.errors import UserError
 from ctmsr.image import to_tensor
-from ctmsr.perceptual import Lpips, backbone_path, load_lpips, lpips_tensors
+from ctmsr.metrics.perceptual import Lpips, backbone_path, load_lpips, lpips_tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctmsr import checkpoint
 from ctmsr.errors import CheckpointError, ConfigError
-from ctmsr.network import ConsistencyModel, NetworkConfig
-from ctmsr.published import KEYS, read_pth, write_pth
+from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.model.published import KEYS, read_pth, write_pth
 from pipelines import convert
 from pipelines.config.run_config import RunConfig
 

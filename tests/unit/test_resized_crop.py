@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ctmsr.errors import ConfigError
-from ctmsr.losses import LossConfig
-from ctmsr.resized_crop import Box, cropped, lpips_size, random_box, resized_crop
+from ctmsr.training.losses import LossConfig
+from ctmsr.training.resized_crop import Box, cropped, lpips_size, random_box, resized_crop
 
 from ..fixture_inputs import tensor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ctmsr.errors import ConfigError
-from ctmsr.schedule import ScheduleConfig, curriculum_steps, karras_levels, trajectory_levels
+from ctmsr.model.schedule import ScheduleConfig, curriculum_steps, karras_levels, trajectory_levels
 
 
 @pytest.mark.parametrize("rho", [0.5, 1.0, 3.0, 7.0])

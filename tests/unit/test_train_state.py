@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from ctmsr import checkpoint
 from ctmsr.config import to_dict
 from ctmsr.errors import ConfigError
-from ctmsr.network import bf16_copy
-from ctmsr.train_state import (
+from ctmsr.model import checkpoint
+from ctmsr.model.network import bf16_copy
+from ctmsr.training.state import (
     OptimConfig,
     TrainState,
     build_state,
@@ -21,7 +21,7 @@ from ctmsr.train_state import (
     start_from,
     state_tensors,
 )
-from ctmsr.train_step import train_step
+from ctmsr.training.step import train_step
 
 from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, make_batch
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctmsr.network import bf16_copy
-from ctmsr.noise import NoiseVersion
-from ctmsr.objective import Batch, compute_losses, sample_noise
-from ctmsr.schedule import ScheduleConfig
-from ctmsr.train_state import StepRecord, TrainState, build_state, state_tensors
-from ctmsr.train_step import check_finite, compile_step, train_step
+from ctmsr.model.network import bf16_copy
+from ctmsr.model.noise import NoiseVersion
+from ctmsr.model.schedule import ScheduleConfig
+from ctmsr.training.objective import Batch, compute_losses, sample_noise
+from ctmsr.training.state import StepRecord, TrainState, build_state, state_tensors
+from ctmsr.training.step import check_finite, compile_step, train_step
 
 from ..tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, flat, make_batch
 

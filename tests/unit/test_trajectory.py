@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ctmsr.trajectory import expand, preconditioning, trajectory_point
+from ctmsr.model.trajectory import expand, preconditioning, trajectory_point
 
 from ..fixture_inputs import tensor
 

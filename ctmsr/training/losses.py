@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import check
-from .trajectory import trajectory_point
+from ..config import check
+from ..model.trajectory import trajectory_point
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """A perceptual distance of two image batches (N, 3, H, W) in [-1, 1] -> (N,): LPIPS-vgg in training."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import check
 from .attention import WindowAttentionLayer
-from .config import check
 from .trajectory import expand, preconditioning
 
 SQRT_HALF = math.sqrt(0.5)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import check
+from ..config import check
 
 
 @dataclass(frozen=True, kw_only=True)

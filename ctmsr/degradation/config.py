@@ -6,7 +6,7 @@ The recipe is Real-ESRGAN's (Wang et al. 2021, arXiv:2107.10833), the values tho
 import math
 from dataclasses import dataclass, fields
 
-from .config import check
+from ..config import check
 
 # Smallest blur width, exponent, cut-off and resize factor: below it formulas divide by nearly 0.
 _MIN_POSITIVE = 0.01

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import check
-from .image import to_tensor, to_u8, upsample
+from ..config import check
+from ..image import to_tensor, to_u8, upsample
 from .network import ConsistencyModel
 from .noise import NoiseVersion, position_noise
 

@@ -11,8 +11,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .image import to_tensor, to_u8, upsample
-from .metrics import lpips_alex, psnr_y, ssim_y
+from ..image import to_tensor, to_u8, upsample
+from .full_reference import lpips_alex, psnr_y, ssim_y
 from .niqe import MIN_SIDE_PX, niqe
 from .perceptual import Lpips
 

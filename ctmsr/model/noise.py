@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..rng import sample_seed
 from .device import upload
-from .rng import sample_seed
 
 NoiseVersion = Literal[1, 2]
 

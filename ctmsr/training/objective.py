@@ -9,8 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .device import upload
-from .image import to_tensor, upsample
+from ..image import to_tensor, upsample
+from ..metrics.perceptual import Lpips
+from ..model.device import upload
+from ..model.noise import NoiseVersion, normal
+from ..model.schedule import ScheduleConfig, curriculum_steps, trajectory_levels
+from ..model.trajectory import trajectory_point
+from ..rng import sample_seed
 from .losses import (
     Distance,
     LossConfig,
@@ -20,13 +25,8 @@ from .losses import (
     dtm_loss,
     dtm_range,
 )
-from .noise import NoiseVersion, normal
-from .perceptual import Lpips
 from .resized_crop import cropped
-from .rng import sample_seed
-from .schedule import ScheduleConfig, curriculum_steps, trajectory_levels
-from .train_state import OptimConfig, TrainState
-from .trajectory import trajectory_point
+from .state import OptimConfig, TrainState
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from .image import to_tensor
+from ..image import to_tensor
 from .perceptual import Lpips
 
 

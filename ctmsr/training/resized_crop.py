@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import check
+from ..config import check
+from ..rng import sample_seed
 from .losses import Distance, LossConfig
-from .rng import sample_seed
 
 _MIN_SIDE_PX = 32
 """LPIPS halves the side four times, and wants something left."""

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .image import to_tensor
-from .metrics import check_pair
-from .perceptual import _read_backbone
+from ..image import to_tensor
+from .full_reference import check_pair
+from .perceptual import read_backbone
 
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """N of torchvision's `features.N`: the convolutions whose last output is compared, then pooled."""
@@ -119,7 +119,7 @@ def load_dists() -> Dists:
     Raises:
         UserError: The backbone is not in the cache, or its file is damaged.
     """
-    return Dists(_read_backbone("vgg"), load_file(Path(__file__).with_name("dists_weights.safetensors")))
+    return Dists(read_backbone("vgg"), load_file(Path(__file__).with_name("dists_weights.safetensors")))
 
 
 def dists(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Dists) -> float:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .errors import UserError
+from ..errors import UserError
 
 BackboneName = Literal["vgg", "alex"]
 
@@ -140,7 +140,7 @@ def lpips_tensors(net: BackboneName) -> dict[str, Tensor]:
     weights = Path(package.submodule_search_locations[0]) / f"weights/v0.1/{net}.pth"
     linear = torch.load(weights, map_location="cpu", weights_only=True)
     tensors = {f"lins.{i}.weight": linear[f"lin{i}.model.1.weight"] for i in range(5)}
-    return tensors | _read_backbone(net)
+    return tensors | read_backbone(net)
 
 
 def backbone_path(net: BackboneName) -> Path:
@@ -159,7 +159,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_backbone(net: BackboneName) -> dict[str, Tensor]:
+def read_backbone(net: BackboneName) -> dict[str, Tensor]:
     path = backbone_path(net)
     remedy = "Run `python -m pipelines.backbones` to fetch it."
     if not path.is_file():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .losses import Distance
 from .objective import Batch, Recipe, compute_losses
-from .train_state import StepRecord, TrainState
+from .state import StepRecord, TrainState
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from .checkpoint import differences
-from .errors import CheckpointError
 
 KEYS = ("params", "params_ema")
 

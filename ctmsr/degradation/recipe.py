@@ -1,8 +1,8 @@
 """The degradation HR -> LQ: which operation happens when, and what it draws.
 
 Real-ESRGAN's second-order model (Wang et al. 2021, arXiv:2107.10833): stage1, then half of the time stage2,
-then a last resize, sinc filter and JPEG. Probabilities and ranges are in `degradation_config`, the operations
-in `degradation_ops`.
+then a last resize, sinc filter and JPEG. Probabilities and ranges are in `config`, the operations
+in `ops`.
 """
 
 import math
@@ -11,9 +11,9 @@ from typing import get_args
 
 import numpy as np
 
-from . import degradation_ops as ops
-from .degradation_config import DegradationConfig, StageConfig
-from .errors import ConfigError
+from ..errors import ConfigError
+from . import ops
+from .config import DegradationConfig, StageConfig
 
 __all__ = ["DegradationConfig", "degrade"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file
 from scipy.special import gamma
 
-from .metrics import luma
+from .full_reference import luma
 
 BLOCK_PX = 96
 MIN_SIDE_PX = 2 * BLOCK_PX

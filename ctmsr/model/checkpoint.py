@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import from_dict
-from .errors import CheckpointError, ConfigError
+from ..config import from_dict
+from ..errors import CheckpointError, ConfigError
 from .network import ConsistencyModel, NetworkConfig
 
 FORMAT_VERSION = 1

@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CURRENT_WEIGHTS
-from .config import check
-from .network import ConsistencyModel
+from ..config import check
+from ..model.checkpoint import CURRENT_WEIGHTS
+from ..model.network import ConsistencyModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,81 +1,149 @@
 """One-step inference, ours against a plain form of it: `python -m tests.benchmarks.inference --help`.
 
-Needs no Ray. Latency of one picture of the preset's LR size; the two take turns, and the table holds medians.
+Needs no Ray. A picture goes from uint8 array to uint8 array, as a user's does: noise, tiles and rounding are
+part of the time. The forms take turns, and the table holds medians. The plain form is the network in float32
+as written down, with the noise drawn on the host.
 """
 
 import argparse
-import copy
+import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from ctmsr.model.network import ConsistencyModel
+from ctmsr.metrics.full_reference import psnr_y
+from ctmsr.model.device import use_fast_math
+from ctmsr.model.inference import InferenceConfig, upscale
+from ctmsr.model.network import ConsistencyModel, bf16_copy
 from pipelines.config.presets import PRESETS
 
+from .machine import machine
 from .plain import count_flops, plain_network
-from .train_step import PEAK_TFLOPS, synchronize
+from .train_step import PEAK_TFLOPS, synchronize, torch_defaults
+
+Upscaler = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row of the table."""
+
+    name: str
+    upscaler: Upscaler
+    is_compiled: bool = False
+
+
+def forms(model: ConsistencyModel, sigma_max: float, device: torch.device) -> list[Form]:
+    """What is compared, the plain form first."""
+    config = InferenceConfig(noise_version=1)
+    plain = partial(upscale, plain_network(model), sigma_max=sigma_max, config=config)
+    ours = InferenceConfig(batch_tiles=16)
+    found = [
+        Form("plain", lambda lq_u8: torch_defaults(lambda: plain(lq_u8))),
+        Form("ours in float32", partial(upscale, model, sigma_max=sigma_max, config=ours)),
+    ]
+    if device.type == "cuda":
+        fast, compiled = (
+            bf16_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for _ in range(2)
+        )
+        compiled.model.compile(dynamic=False)
+        for name, network in (("+ bf16, channels_last", fast), ("+ torch.compile", compiled)):
+            upscaler = partial(upscale, network, sigma_max=sigma_max, config=ours)
+            found.append(Form(name, upscaler, is_compiled=network is compiled))
+    return found
+
+
+def picture(side: int) -> np.ndarray:
+    """A smooth random uint8 picture."""
+    coarse = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, side, mode="bicubic").clamp(0, 1)
+    pixels: np.ndarray = (255 * smooth[0].permute(1, 2, 0)).byte().numpy()
+    return pixels
+
+
+def measure(found: list[Form], lq_u8: np.ndarray, rounds: int, warm_up: int = 3) -> dict[str, float]:
+    """Median seconds of a picture by form."""
+    times: dict[str, list[float]] = {form.name: [] for form in found}
+    for number in range(rounds + warm_up):
+        for form in found:
+            synchronize()
+            started = time.perf_counter()
+            form.upscaler(lq_u8)
+            synchronize()
+            if number >= warm_up:
+                times[form.name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.inference")
-    parser.add_argument("--preset", default="small", choices=list(PRESETS))
-    parser.add_argument("--rounds", type=int, default=30, help="default %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="on a CPU; default %(default)s")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(arguments.threads)
-    network = PRESETS[arguments.preset]().network
-    torch.manual_seed(0)
-    model = ConsistencyModel(network).to(device).eval()
-    networks = {"plain": plain_network(model), "fused attention": model}
-    if device == "cuda":
-        networks["+ channels_last, bf16"] = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        networks["+ channels_last, bf16"].bf16 = True
-        networks["+ torch.compile"] = copy.deepcopy(networks["+ channels_last, bf16"])
-        networks["+ torch.compile"].model.compile()
-    x, lq = (torch.rand(1, 3, side, side, device=device) for side in (network.hr_size, network.lq_size))
-    times = measure(networks, (x, torch.tensor(1.0, device=device), lq), arguments.rounds)
-
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-    flops = count_flops(model, x, torch.tensor(1.0), lq)
-    print(
-        f"{machine}, torch {torch.__version__}, {network.lq_size} -> {network.hr_size}, "
-        f"{flops / 1e9:.1f} GFLOP"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(f"{'':28}{'ms':>9}{'ratio':>7}")
-    for name, seconds in times.items():
-        print(f"{name:28}{1e3 * seconds:>9.2f}{times['plain'] / seconds:>7.2f}")
-    last = list(times.values())[-1]
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine), None)
-    if peak:
+    parser.add_argument("--preset", default="small", choices=list(PRESETS))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="LR px")
+    parser.add_argument("--not-compiled", type=int, nargs="*", default=[512], help="more")
+    parser.add_argument("--rounds", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="on a CPU; default %(default)s")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(arguments.threads)
+    use_fast_math()
+    preset = PRESETS[arguments.preset]()
+    torch.manual_seed(0)
+    model = ConsistencyModel(preset.network).to(device).eval()
+    found = forms(model, preset.schedule.sigma_max, device)
+    print(f"{machine(device)}, preset {arguments.preset}")
+    figures = {"machine": machine(device), "preset": arguments.preset, "sizes": {}}
+    for side in arguments.sizes:
+        figures["sizes"][side] = report(model, found, side, arguments.rounds, device)
+        write(figures, arguments.json)
+    eager = [form for form in found if not form.is_compiled]
+    for side in arguments.not_compiled:
+        figures["sizes"][side] = report(model, eager, side, max(2, arguments.rounds // 4), device)
+        write(figures, arguments.json)
+
+
+def write(figures: dict, path: Path | None) -> None:
+    """After each size, so that what is measured is kept."""
+    if path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def report(model: ConsistencyModel, found: list[Form], side: int, rounds: int, device: torch.device) -> dict:
+    """Measures and prints one size."""
+    lq_u8 = picture(side)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = measure(found, lq_u8, rounds)
+    pictures = {form.name: form.upscaler(lq_u8) for form in found}
+    size, scale = min(side, 64), model.config.scale
+    x, lq = torch.zeros(1, 3, size * scale, size * scale), torch.zeros(1, 3, size, size)
+    flops = count_flops(model, x.to(device), torch.ones(1, device=device), lq.to(device)) * (side / size) ** 2
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine(device)), None)
+    print(f"\n{side} -> {scale * side}, {flops / 1e12:.2f} TFLOP")
+    print(f"{'':28}{'ms':>9}{'pictures/s':>12}{'ratio':>7}{'MFU':>7}{'PSNR to float32, dB':>21}")
+    rows = {}
+    for name, one in seconds.items():
+        ratio, mfu = seconds["plain"] / one, flops / one / peak / 1e12 if peak else None
+        same = psnr_y(pictures[name], pictures["ours in float32"], crop_border=0) if name[0] == "+" else None
+        rows[name] = {"ms": 1e3 * one, "ratio": ratio, "mfu": mfu, "psnr_to_float32": same}
         print(
-            f"MFU {flops / last / peak / 1e12:.1%}, "
-            f"peak memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+            f"{name:28}{1e3 * one:>9.2f}{1 / one:>12.1f}{ratio:>7.2f}"
+            f"{f'{mfu:.1%}' if mfu else '':>7}{f'{same:.1f}' if same else '':>21}"
         )
-    print(f"ratio {times['plain'] / last:.2f}")
-
-
-@torch.inference_mode()
-def measure(
-    networks: dict[str, ConsistencyModel],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    rounds: int,
-    warm_up: int = 3,
-) -> dict[str, float]:
-    """Median seconds of a call by network."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for number in range(rounds + warm_up):
-        for name, network in networks.items():
-            synchronize()
-            started = time.perf_counter()
-            network(*inputs)
-            synchronize()
-            if number >= warm_up:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    print(f"ratio {list(rows.values())[-1]['ratio']:.2f}", flush=True)
+    return rows
 
 
 if __name__ == "__main__":

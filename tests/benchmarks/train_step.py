@@ -6,6 +6,7 @@ same weights and gets the same batches, so that after equal steps their losses c
 
 import argparse
 import copy
+import json
 import resource
 import statistics
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,11 +31,13 @@ from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 
 from .kit import install
+from .machine import machine
 from .plain import PlainTraining, count_flops
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 """Of dense bf16, without sparsity, for MFU."""
 Step = Callable[[Batch], float | Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,16 @@ GPU = (
 )
 
 
+def torch_defaults(compute: Callable[[], Result]) -> Result:
+    """The result, computed as torch does by default: products of float32 matrices in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return compute()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> Step:
     """A function that makes one update of a copy of `model`."""
     model = copy.deepcopy(model)
@@ -72,6 +86,11 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
     if variant.compile:
         compile_step(state, lpips, variant.compile)
     return lambda batch: train_step(state, batch, config.recipe, lpips)["loss"]
+
+
+def as_torch_does(step: Step) -> Step:
+    """The step under `torch_defaults`."""
+    return lambda batch: torch_defaults(lambda: step(batch))
 
 
 def batches(config: RunConfig, size: int, device: str) -> Iterator[Batch]:
@@ -124,6 +143,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
     )
     parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
+    parser.add_argument("--json", type=Path, help="write figures and losses there, too")
     arguments = parser.parse_args()
     if arguments.kit:
         install(arguments.kit)
@@ -137,14 +157,23 @@ def main() -> None:
     lpips = load_lpips("vgg").to(device)
     plain = partial(PlainTraining, model, config.recipe, lpips)
     steps: dict[str, Step] = {
-        "plain": plain().step,
-        "+ no target call at n = 0": plain(skip_known_target=True).step,
-        "+ fused attention": plain(skip_known_target=True, fused_attention=True).step,
+        name: as_torch_does(plain(**options).step)
+        for name, options in {
+            "plain": {},
+            "+ no target call at n = 0": {"skip_known_target": True},
+            "+ fused attention": {"skip_known_target": True, "fused_attention": True},
+        }.items()
     }
     for variant in (OURS, *(GPU if device == "cuda" else ())):
         steps[variant.name] = our_step(variant, model, config)
     results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)
     report(config, model, size, device, results)
+    if arguments.json:
+        figures = {
+            name: {"ms": 1e3 * seconds, "losses": losses} for name, (seconds, losses) in results.items()
+        }
+        setting = {"machine": machine(torch.device(device)), "preset": arguments.preset, "batch": size}
+        arguments.json.write_text(json.dumps(setting | {"forms": figures}, indent=1) + "\n")
 
 
 def report(
@@ -156,14 +185,14 @@ def report(
 ) -> None:
     """Prints the table; its last line is the ratio of the last variant."""
     plain_s, plain_losses = results["plain"]
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    place = machine(torch.device(device)) if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     hr, lq = (
         torch.zeros(1, 3, side, side, device=device)
         for side in (config.network.hr_size, config.network.lq_size)
     )
     forward = count_flops(model.eval(), hr, torch.tensor(1.0), lq)
     num_attention = sum(isinstance(module, WindowAttention) for module in model.modules())
-    print(f"{machine}, torch {torch.__version__}, batch {size}, {num_attention} attention layers")
+    print(f"{place}, batch {size}, {num_attention} attention layers")
     print(f"{forward / 1e9:.1f} GFLOP a forward pass of one image, LPIPS not counted")
     print(f"{'':36}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}")
     for name, (seconds, losses) in results.items():
@@ -172,7 +201,7 @@ def report(
             f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
         )
     seconds, _ = list(results.values())[-1]
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine), None)
+    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in place), None)
     if peak:  # forward, and twice as much backward
         print(f"MFU {3 * forward * size / seconds / peak / 1e12:.1%}, LPIPS not counted")
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all variants together")

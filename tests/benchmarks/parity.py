@@ -1,0 +1,78 @@
+"""How far the network is from the authors' own outputs, by arithmetic: `python -m tests.benchmarks.parity`.
+
+Needs torch alone. The expected outputs are those of tests/fixtures/forward_fixture.npz. An error is the
+largest difference relative to the largest output; the tests of the CPU allow 1e-4 in float32.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctmsr.model.network import ConsistencyModel, bf16_copy
+
+from ..fixture_inputs import FIXTURES, FULL, TINY, fill_weights, tensor
+from .machine import machine
+
+CASES = {
+    "sigma1.0000": ("lq", "eps", 64, 1.0),
+    "sigma0.3333": ("lq", "eps", 64, 1 / 3),
+    "64x128": ("lq2", "eps2", 128, 1.0),
+}
+"""Names of LQ and noise, LQ width, and sigma by case."""
+SIZES = {"tiny": TINY, "full": FULL}
+PRECISIONS = {"float32": "highest", "TF32": "high", "bf16": "high"}
+"""torch's precision of float32 products by arithmetic."""
+
+
+def inputs(case: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, sigma and LQ of a case."""
+    lq_name, noise_name, width, sigma = CASES[case]
+    lq = tensor(lq_name, (1, 3, 64, width)).clamp(-1, 1) / 2
+    lq_up = F.interpolate(lq, scale_factor=4, mode="bicubic", align_corners=False)
+    return lq_up + sigma * tensor(noise_name, tuple(lq_up.shape)), torch.tensor([sigma]), lq
+
+
+@torch.inference_mode()
+def errors(size: str, arithmetic: str, device: torch.device) -> dict[str, float]:
+    """Relative error by case."""
+    torch.set_float32_matmul_precision(PRECISIONS[arithmetic])
+    torch.backends.cudnn.allow_tf32 = arithmetic != "float32"
+    model = ConsistencyModel(SIZES[size]).eval()
+    fill_weights(model)
+    network = (bf16_copy(model) if arithmetic == "bf16" else model).to(device)
+    expected = np.load(FIXTURES / "forward_fixture.npz")
+    found = {}
+    for case in CASES:
+        out = network(*(value.to(device) for value in inputs(case)))[0, :, ::16, ::16].float().cpu().numpy()
+        right = expected[f"{size}_{case}"]
+        found[case] = float(np.abs(out - right).max() / np.abs(right).max())
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{machine(device)}: largest error, relative to the largest output")
+    figures: dict = {"machine": machine(device), "errors": {}}
+    for size in arguments.sizes:
+        for arithmetic in PRECISIONS:
+            found = figures["errors"][f"{size}, {arithmetic}"] = errors(size, arithmetic, device)
+            shown = "  ".join(f"{case} {value:.1e}" for case, value in found.items())
+            print(f"{size:6}{arithmetic:10}{shown}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,6 @@ def bucket(s3: S3, photos: dict[str, bytes]) -> str:
 
 @pytest.fixture(scope="session")
 def trained(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The run `first`. Its folder and its MLflow run are for reading; its MLflow database takes others, too."""
+    """The run `first`, to be read; its MLflow database takes other runs, too."""
     config = run_config(bucket, tmp_path_factory.mktemp("training"))
     return Trained(config, run_to_end(config))

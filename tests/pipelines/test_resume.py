@@ -22,7 +22,7 @@ from pipelines.infra.storage import list_sizes
 from pipelines.tracking.runs import connect
 from pipelines.train.run import Outcome, check_inputs, start_over, train
 from tests.conftest import S3
-from tests.pipelines.test_train import files_of, kill_a_worker, run_config, run_named
+from tests.support.runs import files_of, kill_a_worker, run_config, run_named
 
 CT_STEPS, DTM_STEPS = 14, 14
 ALL_STEPS = CT_STEPS + DTM_STEPS

@@ -6,36 +6,42 @@ import signal
 import threading
 import time
 import urllib.request
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Run
-from ray.util.state import list_actors, list_tasks
+from ray.util.state import list_tasks
 
-from ctmsr.config import from_dict, override, to_dict
+from ctmsr.config import to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
-from pipelines.config.presets import PRESETS
-from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import HeldOut, find_held_out
 from pipelines.data.pictures import find_pictures
 from pipelines.evaluate.__main__ import main as evaluate_main
 from pipelines.evaluate.run import evaluate
 from pipelines.infra.checkpoints import fetched, find, newest
-from pipelines.infra.progress import progress_line
 from pipelines.register.__main__ import load_model
 from pipelines.register.__main__ import main as register_main
 from pipelines.tracking.runs import connect
-from pipelines.train.run import Inputs, Outcome, check_inputs, train
+from pipelines.train.run import check_inputs
 from pipelines.upscale.__main__ import main as upscale_main
 from tests.conftest import S3
+from tests.support.runs import (
+    TOTAL_STEPS,
+    Trained,
+    files_of,
+    kill_a_worker,
+    run_config,
+    run_named,
+    run_to_end,
+    steps_of,
+)
+
 
 def test_a_run_ends_with_a_checkpoint_of_its_last_step(trained: Trained) -> None:
     assert find(trained.config.run_uri).uri == trained.outcome.checkpoint_uri

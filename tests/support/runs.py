@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.util.state import list_actors
 
-from ctmsr import checkpoint
 from ctmsr.config import from_dict, override, to_dict
+from ctmsr.model import checkpoint
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.checkpoints import fetched

@@ -24,6 +24,7 @@ from pipelines.train import __main__ as train
 from pipelines.train.run import check_inputs
 from pipelines.tune import __main__ as tune
 from tests.conftest import S3
+from tests.support.repository import ROOT
 
 COMMANDS = (train, tune, evaluate, register)
 LIMIT_S = 15
@@ -128,9 +129,7 @@ def test_help_and_keys_and_dry_run_need_nothing(
 
 def test_a_mistake_in_a_terminal_is_one_line() -> None:
     command = [sys.executable, "-m", "pipelines.train", "--set", "netwrok.scale=4"]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2]
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert ended.returncode == 2
     assert ended.stderr == "error: unknown config key netwrok.scale. Did you mean network?\n"
     assert ended.stdout == ""

@@ -27,8 +27,8 @@ from pipelines.tracking.runs import connect
 from pipelines.tune.run import Search, check_search, search
 from tests.conftest import S3
 from tests.pipelines.test_demo import wait_until_gone
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 NUM_TRIALS = 3
 
 

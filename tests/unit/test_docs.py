@@ -11,8 +11,8 @@ from ctmsr.config import flatten, to_dict
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.progress import Progress
-from tests.child import ROOT
-from tests.markdown import blocks, documents, table
+from tests.support.markdown import blocks, documents, table
+from tests.support.repository import ROOT
 
 DOCUMENTS = [*documents(), ROOT / "CHANGELOG.md"]
 CODE = [
@@ -67,10 +67,10 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         name, _, heading = target.partition("#")
         file = (path.parent / name).resolve() if name else path
-        assert file.exists(), f"{relative(path)}: {TARGET}"
+        assert file.exists(), f"{relative(path)}: {target}"
         if heading:
             anchors = {anchor(line.lstrip("#")) for line in prose(file).splitlines() if line.startswith("#")}
-            assert heading in anchors, f"{relative(path)}: {TARGET}"
+            assert heading in anchors, f"{relative(path)}: {target}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)

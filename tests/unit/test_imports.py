@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.repository import ROOT
+
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
 INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
 BENCHMARKS_OF_PIPELINES = {"store", "stream", "memory", "checkpointing", "train_rate", "upscale"}

@@ -10,11 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from ctmsr.config import flatten, from_dict, override, to_dict
 from ctmsr.model import checkpoint
-from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.evaluate import __main__ as evaluate
@@ -25,6 +23,7 @@ from pipelines.train.run import check_inputs
 from pipelines.tune import __main__ as tune
 from tests.conftest import S3
 from tests.support.repository import ROOT
+from tests.support.runs import write_checkpoint
 
 COMMANDS = (train, tune, evaluate, register)
 LIMIT_S = 15
@@ -91,15 +90,6 @@ def good(bucket: str, database: str, tmp_path: Path) -> list[str]:
 
 def config_of(settings: list[str]) -> RunConfig:
     return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), settings))
-
-
-def write_checkpoint(
-    config: RunConfig, uri: str, *, weights_of: RunConfig | None = None, **meta: object
-) -> None:
-    model = ConsistencyModel((weights_of or config).network)
-    state = {"global_step": torch.tensor(3)}
-    meta = {"step": 3, **meta}
-    checkpoint.save(Path(uri), model=model.state_dict(), config=to_dict(config), meta=meta, train_state=state)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

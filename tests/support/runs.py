@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray.util.state import list_actors
 
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.model import checkpoint
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.checkpoints import fetched
@@ -59,12 +61,30 @@ def run_config(bucket: str, folder: Path, *settings: str) -> RunConfig:
         "train.checkpoint_every_steps=4",
         "train.max_failures=0",
     ]
-    return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*tiny, *settings]))
+    return changed(PRESETS["small"](), *tiny, *settings)
+
+
+def changed(config: RunConfig, *settings: str) -> RunConfig:
+    """With KEY=VALUE settings, as of a command line."""
+    return from_dict(RunConfig, override(to_dict(config), list(settings)))
 
 
 def run_to_end(config: RunConfig, inputs: Inputs | None = None) -> Outcome:
     with progress_line() as progress:
         return train(config, inputs or check_inputs(config), progress)
+
+
+def write_checkpoint(
+    config: RunConfig, folder: str, *, weights_of: RunConfig | None = None, **meta: object
+) -> None:
+    """What a run of three steps would have left, but for the training: a local folder."""
+    checkpoint.save(
+        Path(folder),
+        model=ConsistencyModel((weights_of or config).network).state_dict(),
+        config=to_dict(config),
+        meta={"step": 3, **meta},
+        train_state={"global_step": torch.tensor(3)},
+    )
 
 
 def run_named(name: str, config: RunConfig) -> Run:

@@ -16,13 +16,13 @@ from ctmsr.training.state import OptimConfig
 from tests.support.fixture_inputs import fill_weights, tensor
 
 NETWORK = NetworkConfig(
-    lq_size=16,
+    lq_size=8,
     model_channels=32,
     channel_mult=(1, 2),
     num_blocks=1,
     embed_dim=32,
     num_heads=2,
-    window_size=8,
+    window_size=4,
     dropout=0.0,
 )
 OPTIM = OptimConfig(ct_steps=2, dtm_steps=4, lr=1e-3, betas=(0.9, 0.99), dtm_refresh_steps=2)
@@ -43,11 +43,10 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
     return difference.square().mean(dim=(1, 2, 3))
 
 
-def make_batch(samples: list[int]) -> Batch:
+def make_batch(samples: list[int], lq_size: int = NETWORK.lq_size) -> Batch:
     """One smooth picture a sample, which its number determines, and the picture at a quarter of the size."""
-    side = NETWORK.lq_size
     coarse = torch.cat([tensor(f"picture{k}", (1, 3, 8, 8)) for k in samples])
-    hr = F.interpolate(0.5 * coarse, size=(4 * side, 4 * side), mode="bicubic")
+    hr = F.interpolate(0.5 * coarse, size=(4 * lq_size, 4 * lq_size), mode="bicubic")
     hr_u8, lq_u8 = (torch.from_numpy(to_u8(images)) for images in (hr, F.avg_pool2d(hr, 4)))
     return Batch(hr_u8=hr_u8, lq_u8=lq_u8, samples=samples, keys=[f"picture{k}.png" for k in samples])
 

@@ -21,27 +21,30 @@ from pipelines.infra.progress import Progress
 from pipelines.infra.storage import list_sizes
 from pipelines.tracking.runs import connect
 from pipelines.train.run import Outcome, check_inputs, start_over, train
-from tests.conftest import S3
-from tests.support.runs import files_of, kill_a_worker, run_config, run_named
+from tests.support.runs import (
+    Trained,
+    changed,
+    files_of,
+    kill_a_worker,
+    run_config,
+    run_named,
+    run_to_end,
+    write_checkpoint,
+)
 
 CT_STEPS, DTM_STEPS = 14, 14
 ALL_STEPS = CT_STEPS + DTM_STEPS
 
 
 @pytest.fixture(scope="module")
-def bucket(ray_session: None, s3: S3, photos: dict[str, bytes]) -> str:
-    return s3.make_bucket("resuming", {f"photos/{name}": data for name, data in photos.items()})
-
-
-@pytest.fixture(scope="module")
-def base(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def base(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Both phases, each step logged, a checkpoint every third, the published run's learning rate.
 
     The preset's is thirty times larger, and turns the last bits in which two groupings round into 1e-4 soon.
     """
     settings = [f"optim.ct_steps={CT_STEPS}", f"optim.dtm_steps={DTM_STEPS}", "optim.dtm_refresh_steps=5"]
     settings += ["train.log_every_steps=1", "train.checkpoint_every_steps=3", "train.max_failures=3"]
-    settings += ["data.eval_draws=1", "optim.lr=5e-5"]
+    settings += ["train.global_batch_size=8", "optim.lr=5e-5"]
     return run_config(bucket, tmp_path_factory.mktemp("resuming"), "name=whole", *settings)
 
 
@@ -128,42 +131,49 @@ def test_on_other_numbers_of_workers_a_run_goes_on_with_the_same_images(
     assert run_named("moved", config).info.status == "FINISHED"
 
 
-def test_a_run_starts_over_when_told_to(base: RunConfig) -> None:
-    config = replace(base, name="again", optim=replace(base.optim, ct_steps=2, dtm_steps=0))
-    first = run_once(config, [])
-    changed = replace(config, seed=5)
+def test_a_run_starts_over_when_told_to(bucket: str, tmp_path: Path) -> None:
+    config = run_config(bucket, tmp_path, f"storage_uri={tmp_path}/runs")
+    write_checkpoint(config, f"{config.run_uri}/checkpoint_3")
+    other = replace(config, seed=5)
     with pytest.raises(ConfigError, match=r"\(seed: 0 -> 5\).* or give --fresh to delete this one"):
-        check_inputs(changed)
-    inputs = check_inputs(changed, fresh=True)
-    assert find(config.run_uri).uri == first.checkpoint_uri  # a check deletes nothing
-    start_over(changed)
-    assert [str(path) for path in list_sizes(config.run_uri)] == ["config.json"]
-    assert inputs.train.version == check_inputs(changed).train.version
-
-
-def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
-    base: RunConfig, whole: Outcome, tmp_path: Path
-) -> None:
-    with fetched(whole.checkpoint_uri) as folder:
-        export_pth(folder, tmp_path / "published.pth")
-        expected, _ = checkpoint.load_model(folder)
-    import_pth(tmp_path / "published.pth", tmp_path / "converted", base)
-    for number, init_uri in enumerate((whole.checkpoint_uri, str(tmp_path / "converted"))):
-        optim = replace(base.optim, ct_steps=0, dtm_steps=1, lr=1e-9)  # so that it stays where it starts
-        schedule = replace(base.schedule, s0=2)  # where a run of DTM alone begins
-        config = replace(base, name=f"dtm{number}", init_uri=init_uri, optim=optim, schedule=schedule)
-        outcome = run_once(config, [])
-        run = run_named(config.name, config)
-        assert run.data.metrics["dtm_loss"] > 0
-        with fetched(outcome.checkpoint_uri) as folder:
-            ema, _ = checkpoint.load_model(folder)
-        for name, value in ema.state_dict().items():
-            torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-4)
-
-
-def test_a_checkpoint_that_cannot_be_started_from(base: RunConfig, whole: Outcome) -> None:
-    other = replace(base, name="x", init_uri=whole.checkpoint_uri, network=replace(base.network, num_heads=4))
-    with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 2 -> 4\)"):
         check_inputs(other)
-    with pytest.raises(CheckpointError, match="init_uri s3://resuming/none is no checkpoint"):
-        check_inputs(replace(base, name="x", init_uri="s3://resuming/none"))
+    inputs = check_inputs(other, fresh=True)
+    assert find(config.run_uri).step == 3  # a check deletes nothing
+    start_over(other)
+    assert [str(path) for path in list_sizes(config.run_uri)] == ["config.json"]
+    assert inputs.train.version == check_inputs(other).train.version
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
+    trained: Trained, tmp_path: Path, is_converted: bool
+) -> None:
+    init_uri = trained.outcome.checkpoint_uri
+    with fetched(init_uri) as folder:
+        expected, _ = checkpoint.load_model(folder)
+        if is_converted:
+            init_uri = str(tmp_path / "converted")
+            export_pth(folder, tmp_path / "published.pth")
+            import_pth(tmp_path / "published.pth", tmp_path / "converted", trained.config)
+    settings = [f"init_uri={init_uri}", "optim.ct_steps=0", "optim.dtm_steps=1", "train.num_workers=1"]
+    settings += [
+        "optim.lr=1e-9",
+        "schedule.s0=2",
+    ]  # it stays where it starts, where a run of DTM alone begins
+    config = changed(trained.config, f"name=dtm-{is_converted}", *settings)
+    outcome = run_to_end(config)
+    assert run_named(config.name, config).data.metrics["dtm_loss"] > 0
+    with fetched(outcome.checkpoint_uri) as folder:
+        ema, _ = checkpoint.load_model(folder)
+    for name, value in ema.state_dict().items():
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-4)
+
+
+def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:
+    other = changed(
+        trained.config, "name=x", f"init_uri={trained.outcome.checkpoint_uri}", "network.num_heads=2"
+    )
+    with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 1 -> 2\)"):
+        check_inputs(other)
+    with pytest.raises(CheckpointError, match="init_uri s3://training/none is no checkpoint"):
+        check_inputs(changed(trained.config, "name=x", "init_uri=s3://training/none"))

@@ -34,6 +34,7 @@ from tests.conftest import S3
 from tests.support.runs import (
     TOTAL_STEPS,
     Trained,
+    changed,
     files_of,
     kill_a_worker,
     run_config,
@@ -76,7 +77,7 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
 def test_ray_exports_how_a_run_goes(trained: Trained) -> None:
     """What Prometheus would collect from the node while a run is under way."""
     name, seen = "gauged", dict[str, float]()
-    config = replace(trained.config, name=name, optim=replace(trained.config.optim, ct_steps=2000))
+    config = changed(trained.config, f"name={name}", "optim.ct_steps=2000", "train.num_workers=1")
     (node,) = ray.nodes()
     page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     line = re.compile(rf'ray_ctmsr_(\w+){{[^}}]*run="{name}"[^}}]*}} (\S+)')
@@ -127,8 +128,8 @@ def test_other_scales_train_evaluate_and_upscale(
     ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
 ) -> None:
     name = f"x{scale}"
-    settings = [f"network.scale={scale}", "data.eval_crop_size=60", "optim.ct_steps=1", "optim.dtm_steps=1"]
-    settings += [f"name={name}", f"model_name={name}", f"storage_uri={tmp_path}", "train.global_batch_size=2"]
+    settings = [f"network.scale={scale}", "data.eval_crop_size=48", "optim.ct_steps=1", "optim.dtm_steps=1"]
+    settings += [f"name={name}", f"model_name={name}", f"storage_uri={tmp_path}", "train.num_workers=1"]
     config = run_config(bucket, tmp_path, *settings)
     run_to_end(config)
     options = ["--config", f"{config.run_uri}/config.json"]
@@ -187,6 +188,7 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
         s3.make_bucket("breaking", {f"photos/{k}": v for k, v in photos.items()}),
         folder,
         "name=broken",
+        "train.num_workers=1",
         "train.max_failures=3",
     )
     inputs = check_inputs(config)

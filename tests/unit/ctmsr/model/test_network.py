@@ -133,7 +133,7 @@ def test_a_bf16_copy_casts_what_goes_in_and_out_and_nothing_between() -> None:
         sr = model(x, torch.tensor([0.3, 1.0]), lq)
         sr.sum().backward()
     assert sr.dtype == torch.float32
-    # Inside attention, (windows, 2 heads, 64 tokens, ...), a CPU's kernel casts by itself.
+    # Inside attention, (windows, 2 heads, 16 tokens, ...), a CPU's kernel casts by itself.
     outside = [shape for shape in casts.shapes if len(shape) < 4 or shape[1] != NETWORK.num_heads]
     assert outside == [(2, 32), (2, 51, 16, 16), (2, 3, 64, 64), (2, 3, 64, 64)]
 
@@ -148,7 +148,7 @@ def test_a_fresh_network_starts_with_blocks_that_add_next_to_nothing() -> None:
 
 def test_one_level_is_a_network_too() -> None:
     config = replaced(channel_mult=(1,), lq_size=8)
-    assert (config.multiple, config.hr_size) == (8, 32)
+    assert (config.multiple, config.hr_size) == (4, 32)
     x = tensor("x", (1, 3, 32, 32))
     assert filled_model(config)(x, torch.tensor(1.0), tensor("lq", (1, 3, 8, 8))).shape == x.shape
 
@@ -193,8 +193,8 @@ def test_published_sides_must_be_multiples_of_64() -> None:
         ({"num_heads": 3}, "network.num_heads must divide embed_dim (32), got 3."),
         ({"dropout": 1.0}, "network.dropout must be in [0, 1), got 1.0."),
         ({"dropout": -0.1}, "network.dropout must be in [0, 1), got -0.1."),
-        ({"lq_size": 24}, "network.lq_size must be a multiple of 16 (window_size x 2^(levels - 1)), got 24."),
-        ({"channel_mult": (1, 1, 1)}, "network.lq_size must be a multiple of 32"),
+        ({"lq_size": 20}, "network.lq_size must be a multiple of 8 (window_size x 2^(levels - 1)), got 20."),
+        ({"channel_mult": (1, 1, 1)}, "network.lq_size must be a multiple of 16"),
     ],
 )
 def test_refusals(changes: dict[str, Any], message: str) -> None:

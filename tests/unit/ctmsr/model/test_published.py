@@ -17,7 +17,9 @@ from pipelines import convert
 from pipelines.config.run_config import RunConfig
 from tests.support.tiny import NETWORK
 
-NETWORK_OPTIONS = [f"--set=network.{key}={value}" for key, value in (("lq_size", 16), ("model_channels", 32))]
+NETWORK_OPTIONS = [
+    f"--set=network.{key}={getattr(NETWORK, key)}" for key in ("lq_size", "window_size", "model_channels")
+]
 NETWORK_OPTIONS += [
     "--set=network.channel_mult=[1,2]",
     "--set=network.num_blocks=1",

@@ -16,6 +16,8 @@ from ctmsr.training.state import TrainState, build_state
 from tests.support.tiny import OPTIM, RECIPE, distance, filled_model, flat, make_batch
 
 BATCH = make_batch([20, 21, 22, 23])
+LARGER = make_batch(BATCH.samples, lq_size=16)
+"""For LPIPS of crops, which must have 32 pixels."""
 HR, LQ = to_tensor(BATCH.hr_u8), to_tensor(BATCH.lq_u8)
 LQ_UP = upsample(LQ, 4)
 N = 4
@@ -69,10 +71,11 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
 @pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
 def test_several_workers_compute_what_one_computes(config: LossConfig, dtm: bool) -> None:
     state, recipe = state_at(1, dtm=dtm), recipe_of(config)
+    batch = BATCH if config.lpips_crop == 1 else LARGER
     found = []
     for parts in ([slice(4)], [slice(2), slice(2, 4)], [slice(i, i + 1) for i in range(4)]):
         state.model.zero_grad()
-        losses = [compute_losses(state, rows_of(BATCH, rows), recipe, distance) for rows in parts]
+        losses = [compute_losses(state, rows_of(batch, rows), recipe, distance) for rows in parts]
         means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
         means["loss"].backward()
         gradient = torch.from_numpy(flat([p.grad for p in state.model.parameters() if p.grad is not None]))
@@ -174,8 +177,8 @@ def test_alignment_leaves_the_consistency_loss_alone_and_is_absent_without_inner
 
 
 def test_lpips_of_crops_moves_lpips_alone() -> None:
-    whole = compute_losses(state_at(1), BATCH, recipe_of(LossConfig()), distance)
-    crops = compute_losses(state_at(1), BATCH, recipe_of(LossConfig(lpips_crop=0.5)), distance)
+    whole = compute_losses(state_at(1), LARGER, recipe_of(LossConfig()), distance)
+    crops = compute_losses(state_at(1), LARGER, recipe_of(LossConfig(lpips_crop=0.5)), distance)
     assert torch.equal(crops["charbonnier"], whole["charbonnier"])
     assert crops["lpips"] != whole["lpips"]
     assert crops["lpips"].item() == pytest.approx(whole["lpips"].item(), rel=0.6)  # an estimate of it

@@ -25,11 +25,13 @@ from ctmsr.training.objective import Batch, compute_losses
 from ctmsr.training.state import TrainState, build_state
 from ctmsr.training.step import CompileMode, check_finite, compile_step, train_step
 from tests.benchmarks.plain import PlainTraining
+from tests.support import tiny
 from tests.support.fixture_inputs import tensor
-from tests.support.tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, make_batch
+from tests.support.tiny import OPTIM, RECIPE, distance, filled_model, make_batch
 
 pytestmark = pytest.mark.gpu
 
+NETWORK = replace(tiny.NETWORK, lq_size=16, window_size=8)
 GPU = torch.device("cuda")
 LAST = torch.channels_last
 MODES = [None, "default", "reduce-overhead"]
@@ -62,7 +64,7 @@ def fast_state(model: ConsistencyModel) -> TrainState:
 
 def batches(num: int) -> Iterator[Batch]:
     for step in range(num):
-        yield make_batch([2 * step, 2 * step + 1])
+        yield make_batch([2 * step, 2 * step + 1], NETWORK.lq_size)
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -171,7 +173,7 @@ def picture() -> np.ndarray:
 
 
 def test_pictures_are_those_of_the_cpu() -> None:
-    model, config = filled_model().eval(), InferenceConfig(tile=48, overlap=16, batch_tiles=3)
+    model, config = filled_model(NETWORK).eval(), InferenceConfig(tile=48, overlap=16, batch_tiles=3)
     expected = upscale(model, picture(), sigma_max=1.0, config=config).astype(int)
     found = upscale(copy.deepcopy(model).to(GPU), picture(), sigma_max=1.0, config=config)
     difference = np.abs(found - expected)

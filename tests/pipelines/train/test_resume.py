@@ -166,7 +166,7 @@ def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
     with fetched(outcome.checkpoint_uri) as folder:
         ema, _ = checkpoint.load_model(folder)
     for name, value in ema.state_dict().items():
-        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:

@@ -19,8 +19,8 @@ test: setup ## Run the tests that need no GPU and no server
 	@$(BIN)/python -m pytest
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway
-	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/test_, \
-	storage.py index.py data.py exactly_once.py faults.py checkpoints.py)
+	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/, \
+	infra test_data.py test_index.py)
 
 test-nodes: setup ## Run the tests on clusters of several nodes; as root, for the network between them
 	@$(BIN)/python -m pytest -m tier tests/nodes

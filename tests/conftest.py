@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.repository import ROOT
+
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 
 
@@ -105,7 +107,7 @@ def _moto() -> Iterator[tuple[str, str, str]]:
 
 @contextmanager
 def _ceph() -> Iterator[tuple[str, str, str]]:
-    from tests.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
+    from tests.support.servers.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
 
     with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
         yield endpoint, ACCESS_KEY, SECRET_KEY
@@ -132,7 +134,7 @@ def ray_session(s3: S3) -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

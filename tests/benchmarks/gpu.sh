@@ -54,7 +54,7 @@ run_part() {
 }
 
 gpu_tests() {
-    [[ ! $smoke ]] || { python3 -m pytest --collect-only -q -m gpu tests/unit/test_gpu.py && return; }
+    [[ ! $smoke ]] || { python3 -m pytest --collect-only -q -m gpu tests/unit/ctmsr/test_gpu.py && return; }
     python3 -c "
 import sys
 from pathlib import Path
@@ -64,7 +64,7 @@ install(Path(sys.argv[1]))
 from ctmsr.metrics.perceptual import lpips_tensors
 save_file({name: value.contiguous() for name, value in lpips_tensors('vgg').items()}, '$out/lpips.safetensors')
 " "$kit"
-    CTMSR_LPIPS="$out/lpips.safetensors" python3 -m pytest -q -p no:cacheprovider --durations=6 -m gpu tests/unit/test_gpu.py
+    CTMSR_LPIPS="$out/lpips.safetensors" python3 -m pytest -q -p no:cacheprovider --durations=6 -m gpu tests/unit/ctmsr/test_gpu.py
     rm "$out/lpips.safetensors"
 }
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctmsr.model.network import ConsistencyModel, bf16_copy
+from tests.support.fixture_inputs import FULL, TINY, fill_weights, tensor
+from tests.support.repository import FIXTURES
 
-from ..fixture_inputs import FIXTURES, FULL, TINY, fill_weights, tensor
 from .machine import machine
 
 CASES = {

@@ -14,7 +14,7 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from tests.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
+from tests.support.servers.ceph import ACCESS_KEY, SECRET_KEY, ceph_gateway
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 

@@ -13,9 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ctmsr.model.network import ConsistencyModel
 from ctmsr.training.state import TrainState, build_state
 from ctmsr.training.step import train_step
-
-from .. import tiny
-from ..tiny import distance, flat, make_batch
+from tests.support import tiny
+from tests.support.tiny import distance, flat, make_batch
 
 # One update of CT, one of CT + DTM: rounding differs between the two layouts, and each update amplifies it.
 NUM_STEPS = 2

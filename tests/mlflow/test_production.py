@@ -14,9 +14,15 @@ from pipelines.tracking.metric_logger import MetricLogger
 from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect, ensure_experiment, preflight, tracked_run
 from tests.conftest import S3
-from tests.postgres import postgres
-from tests.registering import PICTURES, by_checkpoint, register_stated, warm_processes, write_checkpoint
-from tests.servers import Server, mlflow_server
+from tests.support.registering import (
+    PICTURES,
+    by_checkpoint,
+    register_stated,
+    warm_processes,
+    write_checkpoint,
+)
+from tests.support.servers.postgres import postgres
+from tests.support.servers.processes import Server, mlflow_server
 
 pytestmark = pytest.mark.tier
 

@@ -20,12 +20,13 @@ from mlflow import MlflowClient
 from ctmsr.image import decode, encode_png
 from pipelines.infra.checkpoints import find
 from pipelines.infra.storage import list_sizes
-from tests.child import ROOT, Child
 from tests.conftest import S3
-from tests.local_cluster import LocalCluster, local, local_cluster, shell_env
-from tests.ray_nodes import free_port
-from tests.servers import Server, mlflow_server
-from tests.training_command import NUM_CPUS, SETTINGS
+from tests.support.child import Child
+from tests.support.repository import ROOT
+from tests.support.servers.local_cluster import LocalCluster, local, local_cluster, shell_env
+from tests.support.servers.processes import Server, mlflow_server
+from tests.support.servers.ray_nodes import free_port
+from tests.support.training_command import NUM_CPUS, SETTINGS
 
 pytestmark = pytest.mark.tier
 

@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 
 from ctmsr.model import checkpoint
 from pipelines.infra.checkpoints import Stored, fetched, find, newest
-from tests.child import Child
 from tests.conftest import S3
-from tests.ray_nodes import TRAIN_WORKER, RayNodes, linked_namespaces
-from tests.servers import s3_server
-from tests.training_command import NUM_CPUS, logged, start_training
+from tests.support.child import Child
+from tests.support.servers.processes import s3_server
+from tests.support.servers.ray_nodes import TRAIN_WORKER, RayNodes, linked_namespaces
+from tests.support.training_command import NUM_CPUS, logged, start_training
 
 pytestmark = pytest.mark.tier
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipelines.infra.checkpoints import Stored, find, newest
 from tests.conftest import S3
-from tests.ray_nodes import TRAIN_WORKER, RayNodes
-from tests.training_command import NUM_CPUS, start_training
+from tests.support.servers.ray_nodes import TRAIN_WORKER, RayNodes
+from tests.support.training_command import NUM_CPUS, start_training
 
 pytestmark = pytest.mark.tier
 

@@ -28,9 +28,9 @@ from pipelines.tracking.runs import connect
 from pipelines.train.run import check_inputs, train
 from pipelines.tune.run import check_search, search
 from tests.conftest import S3
-from tests.fixture_inputs import FIXTURES
-from tests.pipelines.test_train import run_named
-from tests.registering import register_stated, write_checkpoint
+from tests.support.registering import register_stated, write_checkpoint
+from tests.support.repository import FIXTURES
+from tests.support.runs import run_named
 
 PLACE = "/before-rooms"
 """Stands in texts for the folder where MLflow's database lay."""

@@ -10,12 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 from ctmsr.config import flatten, from_dict, override, to_dict
 from ctmsr.metrics import pyiqa_scores
 from ctmsr.model import checkpoint
-from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.evaluate import __main__ as evaluate
@@ -25,6 +23,8 @@ from pipelines.train import __main__ as train
 from pipelines.train.run import check_inputs
 from pipelines.tune import __main__ as tune
 from tests.conftest import S3
+from tests.support.repository import ROOT
+from tests.support.runs import write_checkpoint
 
 COMMANDS = (train, tune, evaluate, register)
 LIMIT_S = 15
@@ -93,15 +93,6 @@ def config_of(settings: list[str]) -> RunConfig:
     return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), settings))
 
 
-def write_checkpoint(
-    config: RunConfig, uri: str, *, weights_of: RunConfig | None = None, **meta: object
-) -> None:
-    model = ConsistencyModel((weights_of or config).network)
-    state = {"global_step": torch.tensor(3)}
-    meta = {"step": 3, **meta}
-    checkpoint.save(Path(uri), model=model.state_dict(), config=to_dict(config), meta=meta, train_state=state)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_keys_and_dry_run_need_nothing(
     command: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -113,7 +104,7 @@ def test_help_and_keys_and_dry_run_need_nothing(
     ):
         with pytest.raises(SystemExit) as exit_info:
             command.main([option])
-        assert exit_info.value.code == 0
+        assert not exit_info.value.code
         printed = capsys.readouterr().out
         assert [text for text in expected if text not in printed] == []
 
@@ -129,9 +120,7 @@ def test_help_and_keys_and_dry_run_need_nothing(
 
 def test_a_mistake_in_a_terminal_is_one_line() -> None:
     command = [sys.executable, "-m", "pipelines.train", "--set", "netwrok.scale=4"]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2]
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert ended.returncode == 2
     assert ended.stderr == "error: unknown config key netwrok.scale. Did you mean network?\n"
     assert ended.stdout == ""
@@ -207,9 +196,9 @@ def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: P
         (
             "train",
             "{bucket}/broken",
-            "1 of 1 pictures checked under {bucket}/broken fail. commands/broken/photo.jpg",
+            "1 of 1 pictures checked under {bucket}/broken are unusable. commands/broken/photo.jpg",
         ),
-        ("val", "{bucket}/cut", "1 of 6 pictures checked under {bucket}/cut fail. commands/cut/cut.png"),
+        ("val", "{bucket}/cut", "1 of 6 pictures checked under {bucket}/cut are unusable. commands/cut/cut.png"),
     ],
 )
 def test_pictures_that_cannot_be_used(
@@ -223,7 +212,7 @@ def test_pictures_that_cannot_be_used(
 def test_pictures_too_small_to_pad(refused: Refused, good: list[str], bucket: str) -> None:
     for setting in ("network.lq_size=64", "data.eval_crop_size=256"):
         message = refused(train, *good, setting)
-        assert f"5 of 5 pictures checked under {bucket}/good fail. commands/good/astronaut.png" in message
+        assert f"5 of 5 pictures checked under {bucket}/good are unusable. commands/good/astronaut.png" in message
         assert "is 128x96 pixels, too small for a crop of 256: each side must be at least 129." in message
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ctmsr.image import decode
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY = {
     "tune.ct_steps": 4,
     "optim.ct_steps": 3,

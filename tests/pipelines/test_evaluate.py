@@ -21,7 +21,7 @@ from pipelines.config.run_config import RunConfig
 from pipelines.data.held_out import find_held_out
 from pipelines.evaluate.__main__ import main
 from pipelines.evaluate.run import evaluate
-from tests.pipelines.test_train import run_config
+from tests.support.runs import run_config
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pipelines.data.pictures import find_pictures
 from pipelines.index.__main__ import main as index
 from pipelines.infra.storage import write_bytes
 from tests.conftest import S3
-from tests.malformed import Corpus, bad, good
+from tests.support.malformed import Corpus, bad, good
+from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -56,9 +57,7 @@ def test_in_a_terminal_the_command_s_own_lines_are_all_there_is(tmp_path: Path) 
     fill(f"{tmp_path}/photos", good(5, seed=0))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "pipelines.index", f"{tmp_path}/photos"]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2], env=environment
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment)
     assert (ended.returncode, ended.stderr) == (0, "")
     starts = dict.fromkeys(line.split()[0] for line in ended.stdout.splitlines())
     assert list(starts) == ["scanned", "5", "written:", "next:"]  # a slow machine is told twice that it scans

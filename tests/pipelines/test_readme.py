@@ -20,10 +20,11 @@ from ray.scripts.scripts import cli as ray_cli
 
 from ctmsr.image import decode
 from pipelines.config.command_line import resolve
-from tests.child import ROOT, Child
-from tests.commands import command_module
-from tests.markdown import SHELL, Block, blocks, documents
-from tests.ray_nodes import free_port
+from tests.support.child import Child
+from tests.support.commands import command_module
+from tests.support.markdown import SHELL, Block, blocks, documents
+from tests.support.repository import ROOT
+from tests.support.servers.ray_nodes import free_port
 
 README = ROOT / "README.md"
 TINY = (

@@ -27,8 +27,9 @@ from pipelines.tracking.runs import connect
 from pipelines.tune.run import Search, check_search, search
 from tests.conftest import S3
 from tests.pipelines.test_demo import wait_until_gone
+from tests.support.repository import ROOT
+from tests.support.runs import SMALLEST
 
-ROOT = Path(__file__).parents[2]
 NUM_TRIALS = 3
 
 
@@ -43,12 +44,11 @@ class Searched:
 
 
 def config_of(places: list[str], *settings: str) -> RunConfig:
-    """Trials of two steps of four samples."""
+    """Trials of two steps of four samples, on one worker each."""
     tiny = [
         "name=tiny",
-        "network.lq_size=16",
-        "data.eval_crop_size=64",
-        "data.eval_draws=1",
+        *SMALLEST,
+        "train.num_workers=1",
         "train.global_batch_size=4",
         "train.log_every_steps=1",
         f"tune.num_trials={NUM_TRIALS}",
@@ -161,7 +161,7 @@ def test_a_trial_is_a_run_with_its_own_checkpoint(searched: Searched) -> None:
     assert manifest.config["optim"]["ct_steps"] == 2
 
 
-def test_the_same_command_again_trains_nothing_and_one_more_trial_only_that(searched: Searched) -> None:
+def test_the_same_command_again_trains_nothing(searched: Searched) -> None:
     files = list_sizes("s3://tuning/runs/tiny-tune")
     again = search_to_end(searched.config)
     assert again.found == searched.found
@@ -169,43 +169,54 @@ def test_the_same_command_again_trains_nothing_and_one_more_trial_only_that(sear
     assert {path for path in list_sizes("s3://tuning/runs/tiny-tune") if "checkpoint_" in str(path)} == {
         path for path in files if "checkpoint_" in str(path)
     }
-    more = replace(searched.config, tune=replace(searched.config.tune, num_trials=NUM_TRIALS + 1))
-    longer = search_to_end(more)
-    assert [one for one in longer.found.trials if one.trial.number < NUM_TRIALS] == searched.found.trials
-    assert len(longer.children) == NUM_TRIALS + 1
 
 
-def test_another_search_of_the_same_name_is_refused_and_fresh_starts_over(places: list[str]) -> None:
-    config = config_of(places, "name=again", "tune.num_trials=1")
-    first = search_to_end(config)
-    changed = replace(config, seed=1, tune=replace(config.tune, ct_steps=1))
-    with pytest.raises(
-        ConfigError, match=r"again-tune holds another search \(seed: 0 -> 1, tune.ct_steps: 2 -> 1\)"
-    ):
-        check_search(changed)
-    second = search_to_end(changed, fresh=True)
-    assert second.parent.info.run_id != first.parent.info.run_id
-    assert [run.info.run_name for run in second.children] == ["trial-000"]
-    assert second.children[0].info.run_id != first.children[0].info.run_id
-    assert {one.step for one in complete("s3://tuning/runs/again-tune/trial-000")} == {1}
+@pytest.fixture(scope="module")
+def short(places: list[str]) -> Searched:
+    """A search of one trial."""
+    return search_to_end(config_of(places, "name=growing", "tune.num_trials=1", "tune.method=tpe"))
 
 
-def test_a_trial_that_fails_does_not_end_the_search_and_is_tried_again(places: list[str], s3: S3) -> None:
-    config = config_of(places, "name=failing", "tune.num_trials=2", "tune.method=tpe")
-    whole = search_to_end(config)
-    folder = "s3://tuning/runs/failing-tune/trial-001"
+@pytest.fixture(scope="module")
+def longer(short: Searched) -> Searched:
+    """The same search, then told to make one more."""
+    return search_to_end(replace(short.config, tune=replace(short.config.tune, num_trials=2)))
+
+
+def test_one_more_trial_trains_only_that(short: Searched, longer: Searched) -> None:
+    assert [one for one in longer.found.trials if one.trial.number == 0] == short.found.trials
+    assert {run.info.run_id for run in short.children} < {run.info.run_id for run in longer.children}
+    assert len(longer.children) == len(longer.found.trials) == 2
+    assert longer.parent.info.run_id == short.parent.info.run_id
+
+
+def test_a_trial_that_fails_does_not_end_the_search_and_is_tried_again(longer: Searched, s3: S3) -> None:
+    folder = "s3://tuning/runs/growing-tune/trial-001"
     last, first = complete(folder)
     delete_folder(last.uri)
     key = f"{first.uri}/{checkpoint.MODEL_FILE}".removeprefix("s3://tuning/")
     size = s3.client.head_object(Bucket="tuning", Key=key)["ContentLength"]
     s3.client.put_object(Bucket="tuning", Key=key, Body=bytes(size))  # damaged, as only its checksum tells
-    failed = search_to_end(config)
+    failed = search_to_end(longer.config)
     assert [one.trial.number for one in failed.found.trials] == [0]
     assert "trial-001 failed: " in failed.found.report
     assert f"{first.uri} is damaged" in failed.found.report
     assert {run.info.run_name: run.info.status for run in failed.children}["trial-001"] == "FAILED"
     delete_folder(folder)
-    assert search_to_end(config).found == whole.found
+    assert search_to_end(longer.config).found == longer.found
+
+
+def test_another_search_of_the_same_name_is_refused_and_fresh_starts_over(short: Searched) -> None:
+    changed = replace(short.config, seed=1, tune=replace(short.config.tune, ct_steps=1))
+    with pytest.raises(
+        ConfigError, match=r"growing-tune holds another search \(seed: 0 -> 1, tune.ct_steps: 2 -> 1\)"
+    ):
+        check_search(changed)
+    fresh = search_to_end(changed, fresh=True)
+    assert fresh.parent.info.run_id != short.parent.info.run_id
+    assert [run.info.run_name for run in fresh.children] == ["trial-000"]
+    assert fresh.children[0].info.run_id != short.children[0].info.run_id
+    assert {one.step for one in complete("s3://tuning/runs/growing-tune/trial-000")} == {1}
 
 
 @pytest.mark.slow

@@ -1,25 +1,21 @@
 """The documents are true of the code: files, links, names, keys, error lines, and the numbers they quote."""
 
 import ast
-import math
 import re
 from pathlib import Path
 
 import pytest
 
 from ctmsr.config import flatten, to_dict
-from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
-from pipelines.infra.progress import Progress
-from tests.child import ROOT
-from tests.markdown import blocks, documents, table
+from tests.support.markdown import blocks, documents, table
+from tests.support.repository import ROOT
 
 DOCUMENTS = [*documents(), ROOT / "CHANGELOG.md"]
 CODE = [
     path for package in ("ctmsr", "pipelines", "cluster") for path in sorted((ROOT / package).rglob("*.py"))
 ]
 RESULTS = ROOT / "tests/benchmarks/RESULTS.md"
-SIZING = ROOT / "docs/cluster.md"
 KEYS = flatten(to_dict(RunConfig()))
 SUFFIXES = ("py", "json", "yaml", "md", "index")
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
@@ -67,10 +63,10 @@ def test_links_lead_somewhere(path: Path) -> None:
             continue
         name, _, heading = target.partition("#")
         file = (path.parent / name).resolve() if name else path
-        assert file.exists(), f"{relative(path)}: {TARGET}"
+        assert file.exists(), f"{relative(path)}: {target}"
         if heading:
             anchors = {anchor(line.lstrip("#")) for line in prose(file).splitlines() if line.startswith("#")}
-            assert heading in anchors, f"{relative(path)}: {TARGET}"
+            assert heading in anchors, f"{relative(path)}: {target}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
@@ -108,18 +104,6 @@ def test_the_method_names_functions_that_exist() -> None:
     assert len(links) == text.count("](../ctmsr/")
     for name, file in links:
         assert name in names_of(ROOT / file) | {Path(file).name}, f"{name} is not in {file}"
-    explained = {Path(file).stem for _, file in links}
-    method = {
-        "trajectory",
-        "schedule",
-        "network",
-        "attention",
-        "losses",
-        "step",
-        "inference",
-        "recipe",
-    }
-    assert method <= explained
 
 
 def test_the_published_numbers_are_the_defaults() -> None:
@@ -159,101 +143,12 @@ def quoted_lines() -> list[str]:
     return [line[1] for line in quoted if line]
 
 
-@pytest.mark.parametrize("line", quoted_lines())
-def test_error_lines_are_those_of_the_code(line: str) -> None:
+def test_error_lines_are_those_of_the_code() -> None:
     """A message that holds another, after a colon, is looked for part by part."""
-    text = templates()
-    for piece in [line] if line in text else line.split(": ", 1):
-        assert piece.strip("…").strip() in text, piece
-
-
-def test_there_are_many_error_lines() -> None:
-    assert len(quoted_lines()) > 35
-
-
-def test_the_progress_line_looks_like_the_one_that_is_shown() -> None:
-    shown = Progress(
-        name="first",
-        phase="CT",
-        step=120,
-        total_steps=240,
-        loss=0.123,
-        images_per_s=7.4,
-        data_wait=0.02,
-        data_mb_per_s=0.3,
-        eta_s=65,
-        num_workers=2,
-    )
-    assert str(shown) in (ROOT / "docs/operations.md").read_text()
-
-
-# Numbers
-
-TARGET = 250
-"""Images/s of one H100 that docs/cluster.md reckons with: nobody has measured it."""
-
-
-def measured(pattern: str) -> float:
-    """The last number in RESULTS.md that a line begins to match with."""
-    found = re.findall(rf"^ *{pattern} +([\d.]+)", RESULTS.read_text(), re.MULTILINE)
-    assert found, pattern
-    return float(found[-1])
-
-
-def test_every_preset_is_in_the_tables() -> None:
-    for path in (SIZING, ROOT / "docs/training.md", ROOT / "README.md"):
-        assert set(PRESETS) <= set(re.findall(r"`(\w+)`", prose(path))), path
-
-
-def test_the_sizes_follow_from_what_was_measured() -> None:
-    text = SIZING.read_text()
-    stream, degradation = measured("stream"), measured("ours")
-    small = float(re.findall(r"Ray Train, 2 workers .* ([\d.]+)$", RESULTS.read_text(), re.MULTILINE)[-1])
-    picture_kb = int(re.findall(r"JPEG \d+x\d+, (\d+) KB", RESULTS.read_text())[-1])
-    for sentence in (
-        f"{degradation:g} images/s a core for degradation alone",
-        f"{stream:g} images/s a core",
-        f"{picture_kb} KB. **A target, not measured**: {TARGET} images/s",
-        f"{small:g}\nimages/s of two Ray Train workers",
-        f"workers \N{MULTIPLICATION SIGN} {TARGET}. Cores for data: images/s / {stream:g}.",
-    ):
-        assert sentence in text, sentence
-    rates = {name: TARGET if make().train.use_gpu else small / 2 for name, make in PRESETS.items()}
-    rows = [sized(name, make(), rates[name], stream, picture_kb) for name, make in PRESETS.items()]
-    assert "\n".join(rows) in text, "the rows should be:\n" + "\n".join(rows)
-
-
-def sized(name: str, config: RunConfig, rate: float, stream: float, picture_kb: int) -> str:
-    """A row of the table: `rate` is images/s of a worker, `stream` those that a core can make."""
-    train = config.train
-    part = math.ceil(train.global_batch_size / train.num_workers)
-    images_per_s = rate * train.num_workers
-    hours = config.optim.total_steps * train.global_batch_size / images_per_s / 3600
-    cells = [
-        f"`{name}`",
-        f"{train.num_workers} {'GPU' if train.use_gpu else 'CPU'}{'s' if train.num_workers > 1 else ''}",
-        f"{train.global_batch_size}",
-        f"{part}",
-        f"{math.ceil(part / train.micro_batch_size)}",
-        f"{images_per_s:g}",
-        f"{images_per_s / stream:.1f}",
-        f"{images_per_s * picture_kb / 1000:.1f}",
-        f"{hours:.2f}" if hours < 1 else f"{hours:.1f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def test_the_published_recipe_has_the_size_that_the_arithmetic_starts_from() -> None:
-    config, text = PRESETS["published"](), SIZING.read_text()
-    steps, batch = config.optim.total_steps, config.train.global_batch_size
-    assert f"{steps:,} steps of {batch} images, {steps * batch:,} images".replace(",", " ") in text.replace(
-        ",", " "
-    )
-    copy_gb = 171.5e6 * 4 / 1e9
-    assert f"{copy_gb * 1000:.0f} MB in fp32" in text
-    kept = config.train.num_checkpoints_kept + config.train.num_best_kept
-    for size_gb in (4 * copy_gb, 5 * copy_gb, kept * 5 * copy_gb):
-        assert re.search(rf"\b{size_gb:.1f}\s+GB", text), size_gb
+    text, lines = templates(), quoted_lines()
+    pieces = [piece for line in lines for piece in ([line] if line in text else line.split(": ", 1))]
+    assert len(lines) > 10
+    assert [piece for piece in pieces if piece.strip("…").strip() not in text] == []
 
 
 def test_ratios_of_the_readme_are_those_that_were_printed() -> None:

@@ -1,0 +1,19 @@
+"""What tests of several rooms share: photographs in a bucket, and a run that has ended on them."""
+
+import pytest
+
+from tests.conftest import S3
+from tests.support.runs import Trained, run_config, run_to_end
+
+
+@pytest.fixture(scope="session")
+def bucket(s3: S3, photos: dict[str, bytes]) -> str:
+    """Holds the photographs under photos/, and runs under runs/."""
+    return s3.make_bucket("training", {f"photos/{name}": data for name, data in photos.items()})
+
+
+@pytest.fixture(scope="session")
+def trained(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The run `first`, to be read; its MLflow database takes other runs, too."""
+    config = run_config(bucket, tmp_path_factory.mktemp("training"))
+    return Trained(config, run_to_end(config))

@@ -1,0 +1,214 @@
+"""Training on Ray: what a run leaves behind, and how it ends, goes on and fails."""
+
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray.util.state import list_tasks
+
+from ctmsr.config import to_dict
+from ctmsr.errors import UserError
+from ctmsr.image import decode, encode_png
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import upscale
+from pipelines.data.held_out import HeldOut, find_held_out
+from pipelines.data.pictures import find_pictures
+from pipelines.evaluate.__main__ import main as evaluate_main
+from pipelines.evaluate.run import evaluate
+from pipelines.infra.checkpoints import fetched, find, newest
+from pipelines.register.__main__ import load_model
+from pipelines.register.__main__ import main as register_main
+from pipelines.tracking.runs import connect
+from pipelines.train.run import check_inputs
+from pipelines.upscale.__main__ import main as upscale_main
+from tests.conftest import S3
+from tests.support.runs import (
+    TOTAL_STEPS,
+    Trained,
+    changed,
+    files_of,
+    kill_a_worker,
+    run_config,
+    run_named,
+    run_to_end,
+    steps_of,
+)
+
+
+def test_a_run_ends_with_a_checkpoint_of_its_last_step(trained: Trained) -> None:
+    assert find(trained.config.run_uri).uri == trained.outcome.checkpoint_uri
+    with fetched(trained.outcome.checkpoint_uri) as folder:
+        model, manifest = checkpoint.load_model(folder)
+        state = checkpoint.load_train_state(folder)
+    assert manifest.config == to_dict(trained.config)
+    assert manifest.meta["metrics"] == trained.outcome.metrics
+    assert manifest.meta["step"] == int(state["global_step"]) == TOTAL_STEPS
+    weights = model.state_dict()
+    assert any(not torch.equal(weights[name], state[f"model.{name}"]) for name in weights)  # EMA differs
+    assert any(name.startswith("dtm.") for name in state)
+
+
+def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
+    client = connect(trained.config.tracking_uri)
+    told = client.get_run(trained.outcome.run_id)
+    assert told.info.status == "FINISHED"
+    assert told.data.params["schedule.sigma_max"] == str(trained.config.schedule.sigma_max)
+    steps = {name: steps_of(client, told, name) for name in ("loss", "dtm_loss", "images_per_s", "val_lpips")}
+    assert steps == {
+        "loss": [4, 8, 12],
+        "dtm_loss": [12],
+        "images_per_s": [4, 8, 12],
+        "val_lpips": [4, 8, 12],
+    }
+    assert told.data.metrics["val_lpips"] == pytest.approx(trained.outcome.metrics["lpips"])
+    assert told.data.metrics["images_per_s"] > 0
+    assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
+
+
+def test_ray_exports_how_a_run_goes(trained: Trained) -> None:
+    """What Prometheus would collect from the node while a run is under way."""
+    name, seen = "gauged", dict[str, float]()
+    config = changed(trained.config, f"name={name}", "optim.ct_steps=2000", "train.num_workers=1")
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    line = re.compile(rf'ray_ctmsr_(\w+){{[^}}]*run="{name}"[^}}]*}} (\S+)')
+
+    def stop_when_seen() -> None:
+        ended = time.monotonic() + 90
+        while time.monotonic() < ended and not {"loss", "images_per_s", "val_lpips"} <= seen.keys():
+            time.sleep(0.5)
+            with urllib.request.urlopen(page, timeout=10) as answer:
+                seen.update((key, float(value)) for key, value in line.findall(answer.read().decode()))
+        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, long before the last step
+
+    watch = threading.Thread(target=stop_when_seen)
+    watch.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(config)
+    watch.join()
+    assert seen["images_per_s"] > 0
+    assert 0 <= seen["data_wait"] <= 1
+    assert {"loss", "lr", "num_workers", "val_lpips"} <= seen.keys()
+
+
+def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:
+    address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
+    tasks = list_tasks(address, limit=1000, filters=[("state", "=", "FINISHED")], detail=False)
+    names = [task.name for task in tasks]
+    assert any("MapBatches(_train_rows)" in name for name in names), sorted(set(names))
+    assert any("MapBatches(_val_rows)" in name for name in names), sorted(set(names))
+
+
+def test_a_finished_run_started_again_ends_at_once(trained: Trained) -> None:
+    again = run_to_end(trained.config)
+    assert again.checkpoint_uri == trained.outcome.checkpoint_uri
+    assert again.metrics == trained.outcome.metrics
+
+
+def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_main(trained.options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["PSNR-Y", "bicubic", "ours", "protocol:", "written:"]
+    # the held-out pictures are those of data.val_uri here, so the scores are the run's own
+    evaluation = evaluate(trained.config, trained.outcome.checkpoint_uri, find_held_out(trained.config.data))
+    assert evaluation.means.keys() - trained.outcome.metrics.keys() == {"dists", "bicubic_dists"}
+    own = {name: evaluation.means[name] for name in trained.outcome.metrics}
+    assert own == pytest.approx(trained.outcome.metrics, abs=1e-4)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_other_scales_train_evaluate_and_upscale(
+    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
+) -> None:
+    name = f"x{scale}"
+    settings = [f"network.scale={scale}", "data.eval_crop_size=48", "optim.ct_steps=1", "optim.dtm_steps=1"]
+    settings += [f"name={name}", f"model_name={name}", f"storage_uri={tmp_path}", "train.num_workers=1"]
+    config = run_config(bucket, tmp_path, *settings)
+    run_to_end(config)
+    options = ["--config", f"{config.run_uri}/config.json"]
+    assert evaluate_main(options) == 0
+    assert register_main(options) == 0
+    picture = tmp_path / "photo.png"
+    picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)))
+    registry = ["--model", f"models:/{name}@champion", "--tracking-uri", config.tracking_uri]
+    assert upscale_main([str(picture), "--output", str(tmp_path), *registry]) == 0
+    capsys.readouterr()
+    sr_u8 = decode((tmp_path / f"photo_x{scale}.png").read_bytes(), name="photo")
+    assert sr_u8.shape == (20 * scale, 31 * scale, 3)
+    assert find(config.run_uri).step == 2
+
+
+def test_register_releases_the_bytes_of_the_checkpoint(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert register_main(trained.options) == 0
+    assert f"@champion is version 1, from {trained.outcome.checkpoint_uri}" in capsys.readouterr().out
+    released = load_model(trained.config.tracking_uri, f"models:/{trained.config.model_name}@champion")
+    lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)
+    with fetched(trained.outcome.checkpoint_uri) as folder:
+        model, _ = checkpoint.load_model(folder)
+    sigma_max, inference = trained.config.schedule.sigma_max, trained.config.inference
+    sr_u8 = upscale(model, lq_u8[0], sigma_max=sigma_max, config=inference, seed=5)
+    assert np.array_equal(released.predict(lq_u8, params={"seed": 5}), sr_u8[None])
+
+
+def test_a_run_that_lost_a_worker_ends_with_the_same_weights(trained: Trained, bucket: str) -> None:
+    config = replace(trained.config, name="interrupted", train=replace(trained.config.train, max_failures=1))
+    inputs = check_inputs(config)
+
+    def kill_after_a_checkpoint() -> None:
+        deadline = time.monotonic() + 100
+        while newest(config.run_uri) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        kill_a_worker()
+
+    killer = threading.Thread(target=kill_after_a_checkpoint)
+    killer.start()
+    outcome = run_to_end(config, inputs)
+    killer.join()
+    steps = steps_of(connect(inputs.tracking_uri), run_named("interrupted", config), "loss")
+    assert steps[0] == 4
+    assert 4 not in steps[1:]  # it did not start over
+    assert steps[-1] == TOTAL_STEPS
+    assert files_of(outcome.checkpoint_uri) == files_of(trained.outcome.checkpoint_uri)
+
+
+def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_allowed(
+    trained: Trained, s3: S3, photos: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(trained.config.tracking_uri.removeprefix("sqlite:///")).parent
+    config = run_config(
+        s3.make_bucket("breaking", {f"photos/{k}": v for k, v in photos.items()}),
+        folder,
+        "name=broken",
+        "train.num_workers=1",
+        "train.max_failures=3",
+    )
+    inputs = check_inputs(config)
+    s3.client.put_object(Bucket="breaking", Key="photos/coffee.png", Body=photos["coffee.png"][:2000])
+    with pytest.raises(
+        UserError, match=r"training failed\..*DataError: breaking/photos/coffee\.png"
+    ) as raised:
+        run_to_end(config, inputs)
+    assert "\n" not in str(raised.value)
+    assert "Going on from step" not in capsys.readouterr().out  # what would come again is not tried again
+    assert run_named("broken", config).info.status == "FAILED"
+    tolerant = replace(config, name="tolerant", data=replace(config.data, max_unreadable=0.5))
+    capsys.readouterr()
+    intact = replace(inputs, val=find_pictures(trained.config.data.val_uri))
+    run_to_end(tolerant, intact)
+    assert find(tolerant.run_uri).step == TOTAL_STEPS
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: skipped")]
+    assert told
+    assert all("breaking/photos/coffee.png is not a readable picture" in line for line in told)
+    with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):
+        evaluate(config, trained.outcome.checkpoint_uri, HeldOut(config.data, inputs.val))

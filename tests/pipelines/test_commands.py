@@ -198,7 +198,11 @@ def test_a_preset_or_config_file_that_is_not_there(refused: Refused, tmp_path: P
             "{bucket}/broken",
             "1 of 1 pictures checked under {bucket}/broken are unusable. commands/broken/photo.jpg",
         ),
-        ("val", "{bucket}/cut", "1 of 6 pictures checked under {bucket}/cut are unusable. commands/cut/cut.png"),
+        (
+            "val",
+            "{bucket}/cut",
+            "1 of 6 pictures checked under {bucket}/cut are unusable. commands/cut/cut.png",
+        ),
     ],
 )
 def test_pictures_that_cannot_be_used(
@@ -212,7 +216,10 @@ def test_pictures_that_cannot_be_used(
 def test_pictures_too_small_to_pad(refused: Refused, good: list[str], bucket: str) -> None:
     for setting in ("network.lq_size=64", "data.eval_crop_size=256"):
         message = refused(train, *good, setting)
-        assert f"5 of 5 pictures checked under {bucket}/good are unusable. commands/good/astronaut.png" in message
+        assert (
+            f"5 of 5 pictures checked under {bucket}/good are unusable. commands/good/astronaut.png"
+            in message
+        )
         assert "is 128x96 pixels, too small for a crop of 256: each side must be at least 129." in message
 
 

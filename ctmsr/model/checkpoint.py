@@ -132,8 +132,15 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Consis
             f"checkpoint {folder} has a config this version does not accept: {error}"
         ) from error
     model = ConsistencyModel(config)
-    weights = load_file(folder / MODEL_FILE)
-    if found := differences(model.state_dict(), weights):
+    # A released checkpoint may hold its weights in half precision, to be half as large.
+    expected = model.state_dict()
+    weights = {
+        name: tensor.to(expected[name].dtype)
+        if tensor.dtype == torch.float16 and name in expected
+        else tensor
+        for name, tensor in load_file(folder / MODEL_FILE).items()
+    }
+    if found := differences(expected, weights):
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CheckpointError(
             f"checkpoint {folder} is of another shape than its config: {'; '.join(found[:5])}{more}. "
@@ -184,7 +191,10 @@ def _parse_manifest(folder: Path) -> Manifest:
                 f"checkpoint {folder} has format version {version}, this program reads up to "
                 f"{FORMAT_VERSION}. Update the program."
             )
-        manifest = Manifest(config=dict(data["config"]), meta=dict(data["meta"]), files=dict(data["files"]))
+        config = dict(data["config"])
+        # What checkpoints from before there were two versions of the noise mean.
+        config["inference"] = {"noise_version": 1} | config.get("inference", {})
+        manifest = Manifest(config=config, meta=dict(data["meta"]), files=dict(data["files"]))
         if "network" not in manifest.config:
             raise ValueError("config has no section network")
         complete = MODEL_FILE in manifest.files and manifest.files.keys() <= {MODEL_FILE, TRAIN_STATE_FILE}

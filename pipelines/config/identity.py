@@ -39,7 +39,7 @@ _PLACES = ("storage_uri", "tracking_uri", "experiment", "model_name", "data.", "
 
 RUN = Identity(
     free=(*_PLACES, "tune.", "inference."),
-    fixed=("train.global_batch_size", "train.precision"),
+    fixed=("train.global_batch_size", "train.precision", "inference.noise_version"),
 )
 """The identity of a training run."""
 

@@ -252,7 +252,13 @@ class RunConfig:
     @property
     def recipe(self) -> Recipe:
         """The part of the config that the training step needs."""
-        return Recipe(seed=self.seed, optim=self.optim, schedule=self.schedule, loss=self.loss)
+        return Recipe(
+            seed=self.seed,
+            optim=self.optim,
+            schedule=self.schedule,
+            loss=self.loss,
+            noise_version=self.inference.noise_version,
+        )
 
     @property
     def run_uri(self) -> str:

@@ -22,6 +22,9 @@ from ctmsr.training.state import TrainState, state_tensors
 
 from .storage import delete_folder, download_folder, list_sizes, open_uri, read_bytes, upload_folder
 
+STARTER = "starter"
+"""In the place of a checkpoint's URI: the model that comes with the package, in pipelines/starter/."""
+
 _PREFIX = "checkpoint_"
 
 
@@ -65,16 +68,21 @@ def find(run_uri: str) -> Stored:
     return found
 
 
+def checkpoint_uri(name: str) -> str:
+    """The URI of a checkpoint that may be called `starter`."""
+    return str(Path(__file__).parents[1] / STARTER) if name == STARTER else name
+
+
 @contextmanager
 def fetched(uri: str) -> Iterator[Path]:
-    """A local copy of the checkpoint at `uri`, for the duration of a `with` block.
+    """A local copy of the checkpoint at `uri`, or `starter`, for the duration of a `with` block.
 
     Raises:
         DataError: It cannot be downloaded.
         CheckpointError: Raised in the block; its message names `uri` instead of the copy.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        download_folder(uri, Path(scratch))
+        download_folder(checkpoint_uri(uri), Path(scratch))
         try:
             yield Path(scratch)
         except CheckpointError as error:

@@ -11,34 +11,32 @@ from ctmsr.config import check
 
 from ..config.run_config import RunConfig
 from ..infra.exit_status import run
-from ..tracking.models import find_version
-from ..tracking.runs import preflight
+from ..tracking.released import MODEL_HELP, find_released
 from .run import serving
 from .server import LOOPBACK, Limits
 
 EXAMPLES = """\
 examples:
-  the newest released model, for this machine alone; then open http://127.0.0.1:8000
+  the champion of the registry, for this machine alone; then open http://127.0.0.1:8000
     python -m pipelines.serve
   without the page:
     curl --data-binary @photo.jpg http://127.0.0.1:8000/upscale > photo_x4.png
     curl --data-binary @photo.jpg -H 'Accept: image/jpeg' http://127.0.0.1:8000/upscale > photo_x4.jpg
 
 Who can reach the port can upscale: there is no password. Before you name another --host, put a proxy with
-TLS and a login in front. The model comes with its own Python code, which runs here: name only a registry you
-trust."""
+TLS and a login in front. A registered model comes with its own Python code, which runs here: name only a
+registry you trust."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.serve",
-        description="Serve a model from the MLflow registry over HTTP, with a page to drop pictures on.",
+        description="Serve a model over HTTP, with a page to drop pictures on.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    champion = f"models:/{RunConfig.model_name}@champion"
-    parser.add_argument("--model", default=champion, help="default %(default)s")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--tracking-uri", default=RunConfig.tracking_uri, help="MLflow with the model; default %(default)s"
     )
@@ -65,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     check(arguments.max_megapixels > 0, f"--max-megapixels must be above 0, got {arguments.max_megapixels}.")
     check(arguments.timeout > 0, f"--timeout must be above 0, got {arguments.timeout}.")
     check(0 < arguments.port < 65536, f"--port must be from 1 to 65535, got {arguments.port}.")
-    version = find_version(preflight(arguments.tracking_uri), arguments.model)
+    model = find_released(arguments.model, arguments.tracking_uri)
     limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=_names(arguments.host))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
-    with serving(version, host=arguments.host, port=arguments.port, limits=limits) as url:
-        print(f"{version.uri} is at {url} (Ctrl-C ends it)", flush=True)
+    with serving(model, host=arguments.host, port=arguments.port, limits=limits) as url:
+        print(f"{model.uri} is at {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0
 

@@ -1,4 +1,4 @@
-"""A server of one model version on Ray Serve, for as long as it is wanted."""
+"""A server of one model on Ray Serve, for as long as it is wanted."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from ray.serve.schema import LoggingConfig
 from ctmsr.errors import UserError
 
 from ..infra.cluster import ray_cluster
-from ..tracking.models import Version
+from ..tracking.released import Released
 from .server import Limits, Server
 
 _MAX_REQUESTS = 64
@@ -22,11 +22,11 @@ _MAX_REQUESTS = 64
 
 
 @contextmanager
-def serving(version: Version, *, host: str, port: int, limits: Limits) -> Iterator[str]:
+def serving(model: Released, *, host: str, port: int, limits: Limits) -> Iterator[str]:
     """A running server for the length of a `with` block; yields its address.
 
     Args:
-        version: Of the model.
+        model: What upscales the pictures.
         host: Address to listen at, of the cluster's head.
         port: There.
         limits: What requests may ask for.
@@ -50,18 +50,18 @@ def serving(version: Version, *, host: str, port: int, limits: Limits) -> Iterat
         options = HTTPOptions(host=host, port=port)
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=quiet)
         try:
-            _deploy(server.bind(version, limits), version)
+            _deploy(server.bind(model, limits), model)
             yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         finally:
             serve.shutdown()
 
 
-def _deploy(application: serve.Application, version: Version) -> None:
+def _deploy(application: serve.Application, model: Released) -> None:
     try:
         serve.run(application, name="upscale")
     except RuntimeError as error:  # with the traceback of the replica as its text
         said = [line for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise UserError(f"Ray Serve cannot start {version.uri}: {said[-1].strip()}") from error
+        raise UserError(f"Ray Serve cannot start {model.uri}: {said[-1].strip()}") from error
 
 
 def _check_port(host: str, port: int) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from PIL import Image
 from starlette.requests import Request
@@ -26,7 +25,7 @@ from starlette.responses import PlainTextResponse, Response
 from ctmsr.errors import PictureError
 from ctmsr.image import decode
 
-from ..tracking.models import Version
+from ..tracking.released import Released
 
 PAGE = Path(__file__).with_name("page.html")
 FORMATS = ("JPEG", "PNG")
@@ -70,12 +69,12 @@ class Refusal(Exception):
 class Server:
     """The deployment: a model, and what answers requests."""
 
-    def __init__(self, version: Version, limits: Limits) -> None:
+    def __init__(self, model: Released, limits: Limits) -> None:
         if not torch.cuda.is_available():
             torch.set_num_threads(os.cpu_count() or 1)  # Ray gives a worker one
-        self._model = version.load()
+        self._model = model.load()
         self._limits = limits
-        self._page = _page(version.uri, limits)
+        self._page = _page(model.uri, limits)
         self._model_thread = ThreadPoolExecutor(1)
         self._waiting = 0
 
@@ -130,7 +129,7 @@ class Server:
 
     def _make(self, data: bytes, kind: str) -> bytes:
         lq_u8 = decode(data, name="the picture")
-        sr = Image.fromarray(np.asarray(self._model.predict(lq_u8[None], params={"seed": 0}))[0])
+        sr = Image.fromarray(self._model(lq_u8, 0))
         file = io.BytesIO()
         settings = {"compress_level": 1} if kind == "PNG" else {"quality": 95, "subsampling": 0}
         sr.save(file, kind, **settings)

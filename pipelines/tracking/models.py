@@ -6,9 +6,11 @@ only a registry you trust.
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlflow
+import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -17,6 +19,10 @@ from mlflow.pyfunc import PyFuncModel
 from ctmsr.errors import TrackingError
 
 from .runs import connect, tracking_errors
+
+
+class NoSuchModelError(TrackingError):
+    """The registry has no model, alias or version of that name."""
 
 
 def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
@@ -92,7 +98,9 @@ def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
                 f"versions: {', '.join(map(str, versions)) or 'none'}"
             )
         where = client.tracking_uri
-        raise TrackingError(f"{model_uri} is not in the registry at {where}. There are {known}.") from error
+        raise NoSuchModelError(
+            f"{model_uri} is not in the registry at {where}. There are {known}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,14 @@ class Version:
     source: str
     """Where its files are: another registry has other models of the same name."""
 
-    def load(self) -> PyFuncModel:
-        """The model. Runs its code; raises TrackingError."""
-        return load_from(self.tracking_uri, self.source, self.uri)
+    def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
+        """Of a uint8 (height, width, 3) picture and a seed, the larger picture. Runs the model's own code.
+
+        Raises:
+            TrackingError: It cannot be fetched, or does not load.
+        """
+        model = load_from(self.tracking_uri, self.source, self.uri)
+        return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
 
 
 def find_version(tracking_uri: str, model_uri: str) -> Version:

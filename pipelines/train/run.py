@@ -22,7 +22,7 @@ from ..config.identity import RUN
 from ..config.run_config import RunConfig
 from ..data.pictures import Pictures, find_pictures
 from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
-from ..infra.checkpoints import newest
+from ..infra.checkpoints import checkpoint_uri, newest
 from ..infra.cluster import check_gpus
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
@@ -230,7 +230,7 @@ def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
 def _check_init(config: RunConfig) -> None:
     if not config.init_uri:
         return
-    file_system, path = open_uri(f"{config.init_uri}/{MANIFEST_FILE}")
+    file_system, path = open_uri(f"{checkpoint_uri(config.init_uri)}/{MANIFEST_FILE}")
     try:
         manifest = json.loads(read_bytes(file_system, path))
     except (DataError, ValueError) as error:

@@ -11,14 +11,13 @@ from ..config.run_config import RunConfig
 from ..infra.exit_status import run
 from ..infra.listing import absolute
 from ..infra.storage import check_outlives_job
-from ..tracking.models import find_version
-from ..tracking.runs import preflight
+from ..tracking.released import MODEL_HELP, find_released
 from .run import FEW, find_pictures, upscale_few
 from .upscaler import Making
 
 EXAMPLES = """\
 examples:
-  one photo, with the newest released model:
+  one photo, with the champion of the registry, or the starter model where there is none yet:
     python -m pipelines.upscale photo.jpg --output upscaled
   a bucket of any size, with version 3 of the model from a team's server; RAY_ADDRESS names a cluster:
     python -m pipelines.upscale s3://bucket/small --output s3://bucket/large \\
@@ -28,7 +27,7 @@ examples:
 
 The same command again continues one that stopped: a picture is made again only if it has changed, or for
 another version of the model or another seed.
-The model comes with its own Python code, which runs here: name only a registry you trust.
+A registered model comes with its own Python code, which runs here: name only a registry you trust.
 Exit status: 0 all done; 1 some pictures could not be read, the others are done; 2 no picture, model or place
 to write to."""
 
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.upscale",
-        description="Upscale pictures with a model from the MLflow registry; NAME.jpg becomes NAME_x4.png.",
+        description="Upscale pictures in one network call each; NAME.jpg becomes NAME_x4.png.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,8 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="path or URI; made if there is none"
     )
-    champion = f"models:/{RunConfig.model_name}@champion"
-    parser.add_argument("--model", default=champion, help="default %(default)s")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--tracking-uri", default=RunConfig.tracking_uri, help="MLflow with the model; default %(default)s"
     )
@@ -62,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
-    version = find_version(preflight(arguments.tracking_uri), arguments.model)
-    making = Making(version, arguments.seed, output)
+    model = find_released(arguments.model, arguments.tracking_uri)
+    making = Making(model, arguments.seed, output)
     if len(pictures) <= FEW:
         outcomes = upscale_few(pictures, making)
     else:

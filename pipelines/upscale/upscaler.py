@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mlflow.pyfunc import PyFuncModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,7 +22,7 @@ from ctmsr.errors import DataError, StoreError
 from ctmsr.image import decode
 
 from ..infra.storage import open_uri, read_bytes, write_bytes
-from ..tracking.models import Version
+from ..tracking.released import Released, Upscale
 
 NOTE = "ctmsr-ray"
 """Keyword of the text chunk."""
@@ -52,7 +51,7 @@ class Picture:
 class Making:
     """What the results depend on besides the pictures, and where they go."""
 
-    version: Version
+    model: Released
     seed: int
     output: str
     """URI or absolute path of a folder."""
@@ -84,7 +83,7 @@ class Upscaler:
             torch.set_num_threads(num_threads)
         self._making = making
         self._turn = threading.RLock()
-        self._model: PyFuncModel | None = None
+        self._upscale: Upscale | None = None
         self._scale = 0
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -120,24 +119,23 @@ class Upscaler:
             return  # without waiting for a turn: reading goes on while the model is busy
         with self._turn:
             if not self._scale:
-                self._model = self._making.version.load()
+                self._upscale = self._making.model.load()
                 self._scale = len(self._predict(np.zeros((8, 8, 3), np.uint8))) // 8
 
     def _predict(self, lq_u8: np.ndarray) -> np.ndarray:
-        assert self._model is not None
+        assert self._upscale is not None
         with self._turn:
-            made = self._model.predict(lq_u8[None], params={"seed": self._making.seed})
-        return np.asarray(made)[0]
+            return self._upscale(lq_u8, self._making.seed)
 
     def _note(self, picture: Picture) -> str:
         """In ASCII."""
-        version = self._making.version
+        model = self._making.model
         return json.dumps(
             {
                 "picture": picture.key,
                 "etag": picture.etag,
-                "model": version.uri,
-                "files": version.source,
+                "model": model.uri,
+                "files": model.source,
                 "seed": self._making.seed,
             }
         )

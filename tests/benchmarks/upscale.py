@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-from mlflow.pyfunc import PyFuncModel
 
 from ctmsr.config import to_dict
 from ctmsr.image import decode
@@ -30,6 +29,7 @@ from pipelines.config.presets import PRESETS
 from pipelines.infra.cluster import ray_cluster
 from pipelines.register.run import register
 from pipelines.tracking.models import Version, find_version
+from pipelines.tracking.released import Upscale
 from pipelines.tracking.runs import preflight
 from pipelines.upscale.on_ray import upscale_many
 from pipelines.upscale.run import find_pictures
@@ -56,19 +56,18 @@ def released(folder: Path) -> Version:
     return find_version(uri, "models:/bench/1")
 
 
-def loop(model: PyFuncModel, pictures: list[np.ndarray]) -> float:
+def loop(model: Upscale, pictures: list[np.ndarray]) -> float:
     """Images/s of the model alone."""
-    return timed([partial(model.predict, lq_u8[None], params={"seed": 0}) for lq_u8 in pictures])
+    return timed([partial(model, lq_u8, 0) for lq_u8 in pictures])
 
 
-def loop_over_files(model: PyFuncModel, files: list[Path], out: Path) -> float:
+def loop_over_files(model: Upscale, files: list[Path], out: Path) -> float:
     """Images/s with decoding before and encoding after."""
     out.mkdir(exist_ok=True)
 
     def make(file: Path) -> None:
         lq_u8 = decode(file.read_bytes(), name=file.name)
-        sr_u8 = np.asarray(model.predict(lq_u8[None], params={"seed": 0}))[0]
-        (out / f"{file.stem}.png").write_bytes(encode(sr_u8, ""))
+        (out / f"{file.stem}.png").write_bytes(encode(model(lq_u8, 0), ""))
 
     return timed([partial(make, file) for file in files])
 

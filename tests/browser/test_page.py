@@ -51,7 +51,7 @@ def url(
     model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}}
+    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
     checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
     uri = preflight(f"sqlite:///{folder}/mlflow.db")
     register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})

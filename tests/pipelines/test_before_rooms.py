@@ -117,11 +117,12 @@ def test_a_run_goes_on(world: World, ray_session: None) -> None:
 
 
 def test_a_run_and_a_search_are_taken_for_the_same_but_for_another_noise(world: World) -> None:
-    """Runs do not depend on the noise of inference; the scores of a search do."""
+    """Both the steps of a run and the scores of a search depend on it."""
     check_inputs(world.config)
     check_search(world.config)
     changed = replace(world.config, inference=replace(world.config.inference, noise_version=2))
-    check_inputs(changed)
+    with pytest.raises(ConfigError, match=r"another config \(inference\.noise_version: 1 -> 2\)"):
+        check_inputs(changed)
     with pytest.raises(ConfigError, match=r"another search \(inference\.noise_version: 1 -> 2\)"):
         check_search(changed)
 

@@ -49,7 +49,7 @@ def model() -> ConsistencyModel:
 def version(model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory) -> Version:
     """A registered version of `model`."""
     folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}}
+    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
     checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
     uri = preflight(f"sqlite:///{folder}/mlflow.db")
     register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})

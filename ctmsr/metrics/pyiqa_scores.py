@@ -6,13 +6,13 @@ weights, which have licences of their own. Nothing here is needed for anything e
 
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..image import to_tensor
+
+if TYPE_CHECKING:  # the command line, which needs the names alone, does not wait for torch
+    import numpy as np
+    import torch
 
 PYIQA_NAMES = ("clipiqa", "musiq")
 """More is better in both: CLIPIQA is in [0, 1], MUSIQ in [0, 100]."""
@@ -31,7 +31,7 @@ def check_pyiqa() -> None:
         )
 
 
-def pyiqa_score(name: str, sr_u8: np.ndarray, device: torch.device) -> float:
+def pyiqa_score(name: str, sr_u8: "np.ndarray", device: "torch.device") -> float:
     """The score of a uint8 HWC RGB picture; the first call of a process loads the network.
 
     Args:
@@ -42,13 +42,17 @@ def pyiqa_score(name: str, sr_u8: np.ndarray, device: torch.device) -> float:
     Raises:
         UserError: pyiqa is not installed.
     """
+    import torch
+
+    from ..image import to_tensor
+
     check_pyiqa()
     with torch.inference_mode():
         return float(_network(name, device)((to_tensor(sr_u8[None]) + 1) / 2))
 
 
 @lru_cache
-def _network(name: str, device: torch.device) -> Any:
+def _network(name: str, device: "torch.device") -> Any:
     import pyiqa
 
     return pyiqa.create_metric(name, device=device)

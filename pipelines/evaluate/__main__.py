@@ -1,14 +1,9 @@
 """Evaluate a checkpoint against bicubic on held-out pictures: `python -m pipelines.evaluate --help`."""
 
 from ctmsr.metrics.pyiqa_scores import PYIQA_NAMES, check_pyiqa
-from ctmsr.metrics.scoring import table
 
 from ..config.command_line import config_parser, print_config, resolve
-from ..data.held_out import find_held_out
-from ..infra.checkpoints import find
-from ..infra.cluster import ray_cluster
 from ..infra.exit_status import run
-from .run import evaluate, write_report
 
 EXAMPLES = """\
   the newest checkpoint of a run, on data.test_uri:
@@ -38,6 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         return print_config(config)
     if arguments.also:
         check_pyiqa()
+    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    from ctmsr.metrics.scoring import table
+
+    from ..data.held_out import find_held_out
+    from ..infra.checkpoints import find
+    from ..infra.cluster import ray_cluster
+    from .run import evaluate, write_report
+
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     held_out = find_held_out(config.data)
     overrides = [text for text in arguments.overrides if text.startswith("inference.")]

@@ -14,13 +14,8 @@ import json
 
 from ctmsr.config import check
 
-from ..data.pictures import INDEX_SUFFIX
-from ..infra.cluster import ray_cluster
 from ..infra.exit_status import run
-from ..infra.listing import absolute, iter_images
-from ..infra.storage import check_outlives_job, write_bytes
-from .run import build_index
-from .scan import Settings
+from ..infra.invocation import command_parser
 
 EXAMPLES = """\
 examples:
@@ -39,12 +34,8 @@ reasons for quarantine:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.index",
-        description="Check every picture in a folder and write an index of those fit for training.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "Check every picture in a folder and write an index of those fit for training."
+    parser = command_parser("index", summary, EXAMPLES)
     parser.add_argument("uri", metavar="FOLDER", help="path or URI; searched recursively")
     parser.add_argument("--out", metavar="URI", help="the index, ending in .index; default FOLDER.index")
     parser.add_argument("--lq", default="", metavar="FOLDER", help="LR pictures with the same names")
@@ -57,6 +48,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     arguments = build_parser().parse_args(argv)
+    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    from ..data.pictures import INDEX_SUFFIX
+    from ..infra.cluster import ray_cluster
+    from ..infra.listing import absolute, iter_images
+    from ..infra.storage import check_outlives_job, write_bytes
+    from .run import build_index
+    from .scan import Settings
+
     out = (arguments.out or arguments.uri.rstrip("/") + INDEX_SUFFIX).rstrip("/")
     check_outlives_job("--out", out)
     check(out.endswith(INDEX_SUFFIX), f"--out must end in {INDEX_SUFFIX}, got {out!r}.")

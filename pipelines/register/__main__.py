@@ -4,20 +4,19 @@ The version is loaded back from MLflow and must give the bytes of its checkpoint
 scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or `challenger`.
 """
 
+import argparse
+from typing import TYPE_CHECKING
+
 from ctmsr.config import from_dict, override, to_dict
-from ctmsr.model import checkpoint
-from ctmsr.model.checkpoint import Manifest
 
 from ..config.command_line import config_parser, print_config, resolve
-from ..config.run_config import RunConfig
-from ..infra.checkpoints import fetched, find
-from ..infra.cluster import ray_cluster
 from ..infra.exit_status import run
-from ..tracking.models import load_model as load_model
-from ..tracking.runs import preflight
-from .comparison import find_comparison
-from .promotion import CHALLENGER, CHAMPION, Decision, rollback
-from .run import register
+
+if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import, which --help does not wait for
+    from ctmsr.model.checkpoint import Manifest
+
+    from ..config.run_config import RunConfig
+    from .promotion import Decision
 
 EXAMPLES = """\
   the newest checkpoint of a run, compared with the champion on the run's data.val_uri:
@@ -42,8 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
-    if arguments.rollback:
-        return _roll_back(config)
+    return _roll_back(config) if arguments.rollback else _register(arguments, config)
+
+
+def _register(arguments: argparse.Namespace, config: "RunConfig") -> int:
+    from ctmsr.model import checkpoint
+
+    from ..infra.checkpoints import fetched, find
+    from ..infra.cluster import ray_cluster
+    from ..tracking.runs import preflight
+    from .comparison import find_comparison
+    from .run import register
+
     if arguments.tracking_uri:
         preflight(config.tracking_uri)  # before a checkpoint is looked for and fetched
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
@@ -69,13 +78,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _as_trained(manifest: Manifest, overrides: list[str], tracking_uri: str | None) -> RunConfig:
+def _as_trained(manifest: "Manifest", overrides: list[str], tracking_uri: str | None) -> "RunConfig":
     """The config that a checkpoint was trained with, under what the command line sets."""
+    from ..config.run_config import RunConfig
+
     overrides = [*overrides, *([f"tracking_uri={tracking_uri}"] if tracking_uri else [])]
     return from_dict(RunConfig, override(to_dict(from_dict(RunConfig, manifest.config)), overrides))
 
 
-def _tell(config: RunConfig, decision: Decision, checkpoint_uri: str) -> None:
+def _tell(config: "RunConfig", decision: "Decision", checkpoint_uri: str) -> None:
+    from .promotion import CHALLENGER, CHAMPION
+
     alias = CHAMPION if decision.is_promoted else CHALLENGER
     print(f"models:/{config.model_name}@{alias} is version {decision.version}, from {checkpoint_uri}")
     print(f"{'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}.")
@@ -84,7 +97,10 @@ def _tell(config: RunConfig, decision: Decision, checkpoint_uri: str) -> None:
     print(f"next: python -m pipelines.upscale PHOTO --output upscaled --tracking-uri {config.tracking_uri}")
 
 
-def _roll_back(config: RunConfig) -> int:
+def _roll_back(config: "RunConfig") -> int:
+    from ..tracking.runs import preflight
+    from .promotion import CHAMPION, rollback
+
     rolled_back, champion = rollback(preflight(config.tracking_uri), config.model_name)
     versions = ", ".join(map(str, rolled_back))
     print(f"models:/{config.model_name}@{CHAMPION} is version {champion}; rolled back: version {versions}")

@@ -1,10 +1,7 @@
 """Train a model, CT then DTM, on Ray Train workers: `python -m pipelines.train --help`."""
 
 from ..config.command_line import config_parser, print_config, resolve
-from ..infra.cluster import ray_cluster
 from ..infra.exit_status import run
-from ..infra.progress import progress_line
-from .run import check_inputs, train
 
 EXAMPLES = """\
   a small model from a folder of photos, on this machine:
@@ -29,6 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
+    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    from ..infra.cluster import ray_cluster
+    from ..infra.progress import progress_line
+    from .run import check_inputs, train
+
     inputs = check_inputs(config, fresh=arguments.fresh)
     with ray_cluster(), progress_line() as progress:
         outcome = train(config, inputs, progress, fresh=arguments.fresh)

@@ -1,11 +1,7 @@
 """Search the noise schedule: Ray Tune, each trial a training run. `python -m pipelines.tune --help`."""
 
 from ..config.command_line import config_parser, print_config, resolve
-from ..infra.cluster import ray_cluster
 from ..infra.exit_status import run
-from ..infra.progress import progress_line
-from .run import check_search, search
-from .space import check_space
 
 EXAMPLES = """\
   three short trials on this machine:
@@ -29,6 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
+    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    from ..infra.cluster import ray_cluster
+    from ..infra.progress import progress_line
+    from .run import check_search, search
+    from .space import check_space
+
     if arguments.dry_run:
         check_space(config)
         return print_config(config)

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctmsr.image import decode
-from ctmsr.metrics import perceptual
-from ctmsr.metrics.perceptual import BackboneName
+from ctmsr.metrics import backbone_cache
+from ctmsr.metrics.backbone_cache import BackboneName
 
 from .local_feed import SUFFIXES
 
@@ -35,12 +35,12 @@ def install(kit: Path) -> None:
     os.environ["CTMSR_CACHE"] = str(cache)
     sys.path.append(str(kit / "packages"))
     for net in get_args(BackboneName):
-        path = perceptual.backbone_path(net)
+        path = backbone_cache.backbone_path(net)
         path.parent.mkdir(exist_ok=True)
         halves = load_file(kit / "backbones" / f"{net}.safetensors")
         save_file({name: value.float() for name, value in halves.items()}, path)
         # The file is ours, made a moment ago, and not the one that the known hash is of.
-        perceptual.BACKBONE_SHA256[net] = perceptual.sha256_file(path)
+        backbone_cache.BACKBONE_SHA256[net] = backbone_cache.sha256_file(path)
 
 
 def pack(photos: Path, more: list[Path], into: Path, mib: float) -> int:
@@ -58,7 +58,7 @@ def pack(photos: Path, more: list[Path], into: Path, mib: float) -> int:
     shutil.rmtree(into, ignore_errors=True)
     (into / "backbones").mkdir(parents=True)
     for net in get_args(BackboneName):
-        tensors = load_file(perceptual.backbone_path(net))
+        tensors = load_file(backbone_cache.backbone_path(net))
         save_file(
             {name: value.to(torch.float16) for name, value in tensors.items()},
             into / "backbones" / f"{net}.safetensors",

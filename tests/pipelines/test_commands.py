@@ -43,7 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         command: ModuleType, *settings: str, options: tuple[str, ...] = (), before_ray: bool = True
     ) -> str:
         if before_ray and command is not register:
-            monkeypatch.setattr(command, "ray_cluster", no_cluster)
+            monkeypatch.setattr("pipelines.infra.cluster.ray_cluster", no_cluster)
         arguments = [part for setting in settings for part in ("--set", setting)]
         monkeypatch.setattr(sys, "argv", ["command", *arguments, *options])
         started = time.monotonic()

@@ -15,7 +15,7 @@ from ray.util.queue import Empty, Queue
 from ctmsr.errors import CheckpointError, ConfigError, UserError
 from ctmsr.model import checkpoint
 from pipelines.config.run_config import RunConfig
-from pipelines.convert import export_pth, import_pth
+from pipelines.convert.run import export_pth, import_pth
 from pipelines.infra.checkpoints import fetched, find
 from pipelines.infra.progress import Progress
 from pipelines.infra.storage import list_sizes

@@ -25,8 +25,8 @@ from pipelines.data.pictures import find_pictures
 from pipelines.evaluate.__main__ import main as evaluate_main
 from pipelines.evaluate.run import evaluate
 from pipelines.infra.checkpoints import fetched, find, newest
-from pipelines.register.__main__ import load_model
 from pipelines.register.__main__ import main as register_main
+from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect
 from pipelines.train.run import check_inputs
 from pipelines.upscale.__main__ import main as upscale_main

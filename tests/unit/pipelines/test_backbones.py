@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ctmsr.errors import UserError
-from ctmsr.metrics.perceptual import backbone_path
+from ctmsr.metrics.backbone_cache import backbone_path
 from pipelines import backbones
 
 

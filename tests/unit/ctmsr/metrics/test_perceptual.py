@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ctmsr.errors import UserError
 from ctmsr.image import to_tensor
-from ctmsr.metrics.perceptual import Lpips, backbone_path, load_lpips, lpips_tensors
+from ctmsr.metrics.backbone_cache import backbone_path
+from ctmsr.metrics.perceptual import Lpips, load_lpips, lpips_tensors
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, ConfigError
 from ctmsr.model import checkpoint
 from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from ctmsr.model.published import KEYS, read_pth, write_pth
-from pipelines import convert
 from pipelines.config.run_config import RunConfig
+from pipelines.convert.__main__ import main
+from pipelines.convert.run import export_pth, import_pth
 from tests.support.tiny import NETWORK
 
 NETWORK_OPTIONS = [
@@ -66,8 +68,8 @@ def content_of(path: Path) -> dict[tuple[str, str], tuple[torch.dtype, bytes]]:
 )
 def test_there_and_back_every_byte_is_the_same(tmp_path: Path, config: NetworkConfig) -> None:
     source, target = write(tmp_path / "a.pth", config), tmp_path / "b.pth"
-    convert.import_pth(source, tmp_path / "ours", RunConfig(network=config))
-    convert.export_pth(tmp_path / "ours", target)
+    import_pth(source, tmp_path / "ours", RunConfig(network=config))
+    export_pth(tmp_path / "ours", target)
     before, after = content_of(source), content_of(target)
     assert before == after
     assert list(before) == list(after)
@@ -78,21 +80,21 @@ def test_the_command_imports_and_what_is_released_is_the_ema(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "a.pth")
-    assert convert.main([str(source), str(tmp_path / "ours"), *NETWORK_OPTIONS]) == 0
+    assert main([str(source), str(tmp_path / "ours"), *NETWORK_OPTIONS]) == 0
     assert "next: python -m pipelines.evaluate" in capsys.readouterr().out
     model, manifest = checkpoint.load_model(tmp_path / "ours")
     expected = read_pth(source, model.state_dict())["params_ema"]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert manifest.meta == {"converted_from": "a.pth"}
-    assert convert.main([str(tmp_path / "ours"), str(tmp_path / "b.pth")]) == 0
+    assert main([str(tmp_path / "ours"), str(tmp_path / "b.pth")]) == 0
     with pytest.raises(CheckpointError, match="already exists"):
-        convert.main([str(tmp_path / "ours"), str(tmp_path / "b.pth")])
+        main([str(tmp_path / "ours"), str(tmp_path / "b.pth")])
 
 
 def test_a_released_checkpoint_gives_its_ema_twice(tmp_path: Path) -> None:
     weights = random_weights(NETWORK, 3)
-    checkpoint.save(tmp_path / "c", model=weights, config={"network": convert.to_dict(NETWORK)}, meta={})
-    convert.export_pth(tmp_path / "c", tmp_path / "c.pth")
+    checkpoint.save(tmp_path / "c", model=weights, config={"network": to_dict(NETWORK)}, meta={})
+    export_pth(tmp_path / "c", tmp_path / "c.pth")
     content = torch.load(tmp_path / "c.pth", weights_only=True)
     assert all(torch.equal(content[key][name], value) for key in KEYS for name, value in weights.items())
 
@@ -119,7 +121,7 @@ def test_another_network_is_refused_entry_by_entry(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        convert.import_pth(write(tmp_path / "a.pth", **changes), tmp_path / "c", RunConfig(network=NETWORK))
+        import_pth(write(tmp_path / "a.pth", **changes), tmp_path / "c", RunConfig(network=NETWORK))
     assert not (tmp_path / "c").exists()
 
 
@@ -165,4 +167,4 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
 
 def test_one_side_must_be_a_pth(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"one of source and target must be a \.pth file"):
-        convert.main([str(tmp_path / "a"), str(tmp_path / "b")])
+        main([str(tmp_path / "a"), str(tmp_path / "b")])

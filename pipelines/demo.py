@@ -1,7 +1,8 @@
 """The whole system on real photographs, on this machine: `make demo`.
 
 Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only
-calls the other pipelines: tune, train, evaluate, register and, in a new process, upscale.
+calls the other pipelines: tune, train, evaluate, register and, in a new process, upscale. The starter model
+is fine-tuned, and beside it the same network is trained from scratch for as many steps.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,20 +25,20 @@ import numpy as np
 from ctmsr.config import from_dict, override, to_dict
 from ctmsr.degradation.recipe import degrade
 from ctmsr.image import center_crop, decode, encode_png
-from ctmsr.metrics.scoring import side_by_side, table
+from ctmsr.metrics.scoring import bicubic, table
 from ctmsr.rng import sample_rng
 
 from .config.presets import PRESETS
 from .config.run_config import RunConfig
 from .data.held_out import find_held_out
 from .evaluate.run import evaluate, write_report
-from .infra.checkpoints import fetched
+from .infra.checkpoints import STARTER, fetched
 from .infra.cluster import ray_cluster
 from .infra.exit_status import run
 from .infra.progress import progress_line
 from .register.comparison import find_comparison
-from .register.promotion import CHAMPION
 from .register.run import register
+from .tracking.released import find_released
 from .train.run import check_inputs, train
 from .tune.run import search
 from .tune.space import check_space
@@ -74,16 +76,18 @@ def main(argv: list[str] | None = None) -> int:
     with s3_server():
         upload_photos()
         picture = run_pipelines(config, arguments.output)
-    print(f"\npicture    {picture}  (LR | bicubic | ours | HR)")
+    print(f"\npicture    {picture}  (bicubic | from scratch | fine-tuned | HR)")
     print(f"took       {time.monotonic() - started:.0f} s")
     print_next(config, arguments.output)
     return 0
 
 
 def demo_config(output: Path, overrides: list[str]) -> RunConfig:
-    """The `small` preset on the demo's bucket."""
+    """The `small` preset on the demo's bucket, from the starter on, which needs smaller steps."""
     places = {
-        "name": "demo",
+        "name": "fine-tuned",
+        "init_uri": STARTER,
+        "optim.lr": 1e-4,
         "storage_uri": f"s3://{BUCKET}/runs",
         "tracking_uri": f"sqlite:///{output}/mlflow.db",
         **{f"data.{part}_uri": f"s3://{BUCKET}/photos/{part}" for part in PHOTOS},
@@ -102,35 +106,46 @@ def run_pipelines(config: RunConfig, output: Path) -> Path:
             found = search(config, inputs, progress)
         print(found.report)
 
-        announce("train", f"the best schedule, {config.train.num_workers} workers: CT, then DTM")
-        with progress_line() as progress:
-            outcome = train(found.config, inputs, progress)
+        configs = {"from scratch": from_scratch(found.config), "fine-tuned": found.config}
+        outcomes, evaluations = {}, {}
+        for name, one in configs.items():
+            announce("train", f"{name}, {one.train.num_workers} workers, {one.optim.total_steps} steps")
+            with progress_line() as progress:
+                outcomes[name] = train(one, check_inputs(one), progress)
 
         announce("evaluate", f"{len(PHOTOS['test'])} photographs that were not trained on")
-        evaluation = evaluate(found.config, outcome.checkpoint_uri, held_out)
-        write_report(found.config, outcome.checkpoint_uri, held_out, evaluation)
+        for name, one in configs.items():
+            evaluations[name] = evaluate(one, outcomes[name].checkpoint_uri, held_out)
+            write_report(one, outcomes[name].checkpoint_uri, held_out, evaluations[name])
+        print(table(evaluations))
 
-        announce("register", f"the checkpoint becomes models:/{config.model_name}@{CHAMPION} in MLflow")
+        announce("register", f"the fine-tuned model, compared with bicubic, in MLflow as {config.model_name}")
+        outcome = outcomes["fine-tuned"]
         with fetched(outcome.checkpoint_uri) as folder:
-            register(
+            decision = register(
                 folder,
                 tracking_uri=inputs.tracking_uri,
                 model_name=config.model_name,
                 run_id=outcome.run_id,
-                metrics=evaluation.means,
+                metrics=evaluations["fine-tuned"].means,
                 tags={"data.test_uri": config.data.test_uri},
                 rule=config.register,
                 comparison=find_comparison(config),
             )
+        print(f"version {decision.version}: {decision.reason}")
 
     announce("upscale", "a new process pulls the champion from MLflow")
-    picture = upscale_in_new_process(config, output)
-    print(f"\n{table(evaluation)}")
-    return picture
+    return compare(config, outcomes["from scratch"].checkpoint_uri, output)
 
 
-def upscale_in_new_process(config: RunConfig, output: Path) -> Path:
-    """Degrades the held-out photographs, has the champion upscale them, and shows each beside HR."""
+def from_scratch(config: RunConfig) -> RunConfig:
+    """The same run without the starter, at the learning rate of random weights."""
+    optim = replace(config.optim, lr=PRESETS["small"]().optim.lr)
+    return replace(config, name="from-scratch", init_uri="", optim=optim)
+
+
+def compare(config: RunConfig, from_scratch_uri: str, output: Path) -> Path:
+    """Degrades the held-out photographs, has both models upscale them, and shows each beside HR."""
     lq_folder = output / "lq"
     lq_folder.mkdir()
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -142,12 +157,11 @@ def upscale_in_new_process(config: RunConfig, output: Path) -> Path:
         (lq_folder / f"{Path(name).stem}.png").write_bytes(encode_png(lq_u8))
     command = ["-m", "pipelines.upscale", str(lq_folder), "--output", str(output)]
     subprocess.run([sys.executable, *command, "--tracking-uri", config.tracking_uri], check=True)
-    rows = [
-        side_by_side(
-            hr_u8, lq_u8, decode((output / f"{stem}_x{config.network.scale}.png").read_bytes(), name=stem)
-        )
-        for stem, (hr_u8, lq_u8) in pairs.items()
-    ]
+    untaught = find_released(from_scratch_uri, config.tracking_uri).load()
+    scale, rows = config.network.scale, []
+    for stem, (hr_u8, lq_u8) in pairs.items():
+        fine_tuned = decode((output / f"{stem}_x{scale}.png").read_bytes(), name=stem)
+        rows.append(np.hstack([bicubic(lq_u8, scale), untaught(lq_u8, 0), fine_tuned, hr_u8]))
     picture = output / "comparison.png"
     picture.write_bytes(encode_png(np.vstack(rows)))
     return picture

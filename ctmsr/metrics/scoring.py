@@ -162,13 +162,16 @@ def stack(rows_u8: list[np.ndarray]) -> np.ndarray:
     return np.vstack([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows_u8])
 
 
-def table(evaluation: Evaluation) -> str:
-    """The mean scores of ours and bicubic as lines of text."""
-    means = evaluation.means
-    shown = {name: metric for name, metric in METRICS.items() if name in means}
+def table(evaluations: Mapping[str, Evaluation]) -> str:
+    """Mean scores of bicubic and of models on the same samples, as lines of text, a model a line by name."""
+    first = next(iter(evaluations.values()))
+    shown = {name: metric for name, metric in METRICS.items() if name in first.means}
+    width = max(10, *(len(name) + 2 for name in evaluations))
     header = "".join(f"{metric.title:>11}" for metric in shown.values())
-    lines = [f"{'':10}{header}   mean of {len(evaluation.rows)} held-out samples"]
-    for row, prefix in (("bicubic", "bicubic_"), ("ours", "")):
-        scores = "".join(f"{means[prefix + name]:>11.{metric.digits}f}" for name, metric in shown.items())
-        lines.append(f"{row:10}{scores}")
+    lines = [f"{'':{width}}{header}   mean of {len(first.rows)} held-out samples"]
+    means = {name: one.means for name, one in evaluations.items()}
+    baseline = {name: first.means[f"bicubic_{name}"] for name in shown}
+    for title, own in ({"bicubic": baseline} | means).items():
+        scores = "".join(f"{own[name]:>11.{metric.digits}f}" for name, metric in shown.items())
+        lines.append(f"{title:{width}}{scores}")
     return "\n".join(lines)

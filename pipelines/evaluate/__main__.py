@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [text for text in arguments.overrides if text.startswith("inference.")]
     with ray_cluster():
         evaluation = evaluate(config, checkpoint_uri, held_out, overrides, arguments.also)
-    print(table(evaluation))
+    print(table({"ours": evaluation}))
     print(f"protocol: {held_out.protocol}")
     print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")
     return 0

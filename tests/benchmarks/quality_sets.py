@@ -10,7 +10,7 @@ from ctmsr.degradation.recipe import degrade
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode
 from ctmsr.rng import sample_rng
-from pipelines.config.presets import photo_degradation
+from pipelines.config.presets import small
 
 from .local_feed import SUFFIXES
 from .peers import SCALE
@@ -56,7 +56,7 @@ def read_photos(folder: Path) -> Iterator[Sample]:
         hr_u8 = center_crop(_read(path), PHOTO_PX, name=str(path))
         for draw in range(DRAWS):
             rng = sample_rng(draw, 0, path.stem, "quality table")
-            lq_u8 = degrade(hr_u8, scale=SCALE, config=photo_degradation(), rng=rng)
+            lq_u8 = degrade(hr_u8, scale=SCALE, config=small().degradation, rng=rng)
             yield Sample(f"{folder.name}/{path.stem}.{draw}", hr_u8, lq_u8)
 
 

@@ -13,7 +13,7 @@ import torch
 from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from ctmsr.training.losses import LossConfig
 from ctmsr.training.state import OptimConfig
-from pipelines.config.presets import photo_degradation
+from pipelines.config.presets import small
 from pipelines.config.run_config import RunConfig, TrainConfig
 
 from .plain import count_flops
@@ -52,7 +52,7 @@ def starter(name: str = "even") -> RunConfig:
     return RunConfig(
         name=f"starter-{name}",
         network=CANDIDATES[name],
-        degradation=photo_degradation(),
+        degradation=small().degradation,
         loss=LossConfig(hr_target_until=1.0),
         optim=OptimConfig(ct_steps=10_000, dtm_steps=0, lr=1e-3, lr_halve_at=5_000, betas=(0.9, 0.99)),
         train=TrainConfig(global_batch_size=64, num_workers=1, micro_batch_size=64, precision="bf16"),

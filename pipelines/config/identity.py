@@ -44,14 +44,9 @@ RUN = Identity(
 """The identity of a training run."""
 
 
-def search_identity(method: str) -> Identity:
-    """The identity of a search by `method`; ASHA and TPE can extend a finished search by more trials."""
-    free: Mapping[str, Sequence[str]] = {
-        "asha": ("tune.num_trials", "tune.max_concurrent"),
-        "tpe": ("tune.num_trials",),
-        "pbt": ("tune.max_concurrent",),
-    }
+def search_identity(free: Sequence[str]) -> Identity:
+    """The identity of a search, by whose method the keys in `free` do not affect what the trials compute."""
     return Identity(
-        free=(*_PLACES, *free[method]),
+        free=(*_PLACES, *free),
         fixed=("train.global_batch_size", "train.precision", "data.eval_crop_size", "data.eval_draws"),
     )

@@ -21,6 +21,12 @@ import optuna
 from ..config.run_config import RunConfig
 from .space import Point, Range, is_inside, own_point, perturbed, random_point, report_steps, search_space
 
+FREE: Mapping[str, Sequence[str]] = {
+    "asha": ("tune.num_trials", "tune.max_concurrent"),
+    "tpe": ("tune.num_trials",),
+    "pbt": ("tune.max_concurrent",),
+}
+"""Keys that may change when a search is resumed, by its method: ASHA and TPE can go on to more trials."""
 _FIRST = "trial-000"
 _STARTUP_TRIALS = 5
 """Trials that TPE draws at random before it aims."""

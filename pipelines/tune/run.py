@@ -23,7 +23,7 @@ from ..tracking.metric_logger import MetricLogger
 from ..tracking.runs import ensure_experiment, find_run, finish_children, log_files, tracked_run
 from ..train.run import Inputs, check_inputs
 from ..train.worker import LIBRARIES
-from .methods import Plan, Ranked, Score, Trial
+from .methods import FREE, Plan, Ranked, Score, Trial
 from .report import plots, table, verdict
 from .space import check_space, folder_uri, report_steps, with_point
 from .trial import kept_scores, run_trial
@@ -240,7 +240,7 @@ def _refuse_changed_search(config: RunConfig, inputs: Inputs) -> None:
     except DataError:
         return  # there is none
     now = _described(config, inputs)
-    changed = search_identity(config.tune.method).changes(
+    changed = search_identity(FREE[config.tune.method]).changes(
         stored.pop("config") | stored, now.pop("config") | now
     )
     check(

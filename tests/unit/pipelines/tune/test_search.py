@@ -16,7 +16,7 @@ from ctmsr.errors import ConfigError
 from ctmsr.image import decode
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
-from pipelines.tune.methods import Plan, Ranked, Score, Trial, asha_stops
+from pipelines.tune.methods import FREE, Plan, Ranked, Score, Trial, asha_stops
 from pipelines.tune.report import importances, plots, table, verdict
 from pipelines.tune.space import (
     check_space,
@@ -80,7 +80,7 @@ def run(config: RunConfig, score: Scorer, order: random.Random, kill_share: floa
 
 @settings(max_examples=40, deadline=None)
 @given(
-    method=st.sampled_from(["asha", "tpe", "pbt"]),
+    method=st.sampled_from([*FREE]),
     num_trials=st.integers(1, 14),
     max_concurrent=st.integers(1, 5),
     seed=st.integers(0, 2**32),
@@ -138,7 +138,7 @@ def test_equal_trials_are_ranked_by_psnr() -> None:
     assert [one.trial.number for one in plan.ranking()] == [1, 2, 0]
 
 
-@pytest.mark.parametrize("method", ["asha", "tpe", "pbt"])
+@pytest.mark.parametrize("method", [*FREE])
 def test_the_first_trial_is_the_own_schedule_to_its_end(method: str) -> None:
     config = config_of(f"tune.method={method}", "tune.num_trials=8", "tune.sigma_max=[0.5, 0.9]")
     worst = run(config, near(0.6), random.Random(0)).ranking()[-1 if method != "asha" else slice(None)]
@@ -188,7 +188,7 @@ def test_pbt_goes_on_from_the_best() -> None:
 
 
 def test_a_search_whose_trials_all_fail_ends() -> None:
-    for method in ("asha", "tpe", "pbt"):
+    for method in FREE:
         plan = run(config_of(f"tune.method={method}"), lambda trial, step: None, random.Random(0))
         assert plan.ranking() == []
         assert len(plan.failed) == 12

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.tiny import NETWORK, filled_model
 
 from ctmsr.config import to_dict
 from ctmsr.errors import DataError, UserError
@@ -22,6 +21,7 @@ from tests.benchmarks.peers import Bench, Made, load_bicubic
 from tests.benchmarks.quality import fill, main
 from tests.benchmarks.quality_sets import PHOTO_PX, Sample, read_photos, read_testset
 from tests.benchmarks.quality_sheet import CROP_PX, LABEL_PX, SHEET, ZOOM, sheet, strip, write_strip
+from tests.support.tiny import NETWORK, filled_model
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from ctmsr.errors import ConfigError, DataError
 from ..infra import docstrings
 from ..infra.invocation import command_parser
 from ..infra.storage import open_uri, read_bytes
+from .defaults import MODEL_NAME, TRACKING_URI
 
 if TYPE_CHECKING:  # torch, which takes seconds, is imported by what needs a config, and not by --help
     from .run_config import RunConfig
@@ -36,6 +37,18 @@ def config_parser(module: str, summary: str, examples: str) -> argparse.Argument
         "--keys", action="store_true", help="explain every key of the resolved config and stop"
     )
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model` and `--tracking-uri` of the commands that use a released model."""
+    parser.add_argument(
+        "--model",
+        help="models:/NAME@ALIAS or models:/NAME/VERSION in the registry, starter, or a checkpoint's URI; "
+        f"default: models:/{MODEL_NAME}@champion, or starter where there is no champion",
+    )
+    parser.add_argument(
+        "--tracking-uri", default=TRACKING_URI, help="MLflow with the model; default %(default)s"
+    )
 
 
 def resolve(arguments: argparse.Namespace) -> "RunConfig":

@@ -9,8 +9,11 @@ from ctmsr.model.inference import InferenceConfig, tile_spans
 from ctmsr.model.network import NetworkConfig
 from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
 from ctmsr.training.losses import LossConfig, dtm_range
+from ctmsr.training.resized_crop import lpips_size
 from ctmsr.training.state import OptimConfig
 from ctmsr.training.step import Recipe
+
+from .defaults import MODEL_NAME, TRACKING_URI
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,11 +212,11 @@ class RunConfig:
     """Checkpoint to start from, with its weights, EMA and optimizer state; empty for random weights."""
     storage_uri: str = "runs"
     """Folder for checkpoints: a local path, s3://bucket/folder or gs://bucket/folder."""
-    tracking_uri: str = "sqlite:///runs/mlflow.db"
+    tracking_uri: str = TRACKING_URI
     """MLflow: a sqlite file, or the address of a server such as http://mlflow:5000."""
     experiment: str = "ctmsr"
     """MLflow experiment that the runs appear in."""
-    model_name: str = "ctmsr-x4"
+    model_name: str = MODEL_NAME
     """Name in the MLflow model registry."""
     data: DataConfig = field(default_factory=DataConfig)
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
@@ -243,6 +246,7 @@ class RunConfig:
             overlap=self.inference.overlap,
             multiple=self.network.multiple,
         )
+        lpips_size(self.loss, self.network.hr_size)
         if self.optim.dtm_steps:
             ends = (self.optim.ct_steps, self.optim.total_steps - 1)
             lengths = [curriculum_steps(self.schedule, step, self.optim.total_steps) for step in ends]

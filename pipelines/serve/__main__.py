@@ -9,11 +9,9 @@ import threading
 
 from ctmsr.config import check
 
-from ..config.run_config import RunConfig
+from ..config.command_line import add_model_options
 from ..infra.exit_status import run
-from ..tracking.released import MODEL_HELP, find_released
-from .run import serving
-from .server import LOOPBACK, Limits
+from ..infra.invocation import command_parser
 
 EXAMPLES = """\
 examples:
@@ -30,16 +28,8 @@ registry you trust."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.serve",
-        description="Serve a model over HTTP, with a page to drop pictures on.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", help=MODEL_HELP)
-    parser.add_argument(
-        "--tracking-uri", default=RunConfig.tracking_uri, help="MLflow with the model; default %(default)s"
-    )
+    parser = command_parser("serve", "Serve a model over HTTP, with a page to drop pictures on.", EXAMPLES)
+    add_model_options(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="to listen at; default %(default)s, this machine only"
     )
@@ -63,20 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     check(arguments.max_megapixels > 0, f"--max-megapixels must be above 0, got {arguments.max_megapixels}.")
     check(arguments.timeout > 0, f"--timeout must be above 0, got {arguments.timeout}.")
     check(0 < arguments.port < 65536, f"--port must be from 1 to 65535, got {arguments.port}.")
+    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    from ..tracking.released import find_released
+    from .run import serving
+    from .server import Limits, names_of
+
     model = find_released(arguments.model, arguments.tracking_uri)
-    limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=_names(arguments.host))
+    limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=names_of(arguments.host))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
     with serving(model, host=arguments.host, port=arguments.port, limits=limits) as url:
         print(f"{model.uri} is at {url} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0
-
-
-def _names(host: str) -> frozenset[str]:
-    """What a server that listens at `host` may be called; on all addresses that cannot be known."""
-    if host in LOOPBACK:
-        return LOOPBACK
-    return frozenset() if host in ("0.0.0.0", "::") else LOOPBACK | {host}
 
 
 if __name__ == "__main__":

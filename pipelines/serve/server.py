@@ -58,6 +58,13 @@ class Limits:
     here, thus gets nothing."""
 
 
+def names_of(host: str) -> frozenset[str]:
+    """What a server that listens at `host` may be called; on all addresses that cannot be known."""
+    if host in LOOPBACK:
+        return LOOPBACK
+    return frozenset() if host in ("0.0.0.0", "::") else LOOPBACK | {host}
+
+
 class Refusal(Exception):
     """An answer without a picture: an HTTP status and one line that says what to do."""
 

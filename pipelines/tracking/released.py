@@ -15,14 +15,10 @@ from ctmsr.config import from_dict
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import InferenceConfig, upscale
 
-from ..config.run_config import RunConfig
+from ..config.defaults import MODEL_NAME
 from ..infra.checkpoints import STARTER, fetched
 
 REGISTERED = "models:/"
-MODEL_HELP = (
-    f"models:/NAME@ALIAS or models:/NAME/VERSION in the registry, {STARTER!r}, or a checkpoint's URI; "
-    f"default: {REGISTERED}{RunConfig.model_name}@champion, and {STARTER!r} where there is none"
-)
 
 Upscale = Callable[[np.ndarray, int], np.ndarray]
 """Of a uint8 (height, width, 3) picture and a seed, the picture `scale` times as large."""
@@ -65,7 +61,8 @@ def find_released(model: str | None, tracking_uri: str) -> Released:
     """The model of that name; by default the champion, or the starter where there is no champion.
 
     Args:
-        model: See MODEL_HELP; None for the default.
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `starter` or a checkpoint's URI; None for the
+            default.
         tracking_uri: Of the MLflow server whose registry is meant.
 
     Raises:
@@ -91,7 +88,7 @@ def _champion(tracking_uri: str) -> Released | None:
     from .runs import preflight
 
     try:
-        return find_version(preflight(tracking_uri), f"{REGISTERED}{RunConfig.model_name}@champion")
+        return find_version(preflight(tracking_uri), f"{REGISTERED}{MODEL_NAME}@champion")
     except NoSuchModelError:
         return None
 

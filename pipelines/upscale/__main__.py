@@ -7,13 +7,9 @@ or without GPUs every core, has a worker that holds the model.
 import argparse
 import sys
 
-from ..config.run_config import RunConfig
+from ..config.command_line import add_model_options
 from ..infra.exit_status import run
-from ..infra.listing import absolute
-from ..infra.storage import check_outlives_job
-from ..tracking.released import MODEL_HELP, find_released
-from .run import FEW, find_pictures, upscale_few
-from .upscaler import Making
+from ..infra.invocation import command_parser
 
 EXAMPLES = """\
 examples:
@@ -34,22 +30,15 @@ to write to."""
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.upscale",
-        description="Upscale pictures in one network call each; NAME.jpg becomes NAME_x4.png.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "Upscale pictures in one network call each; NAME.jpg becomes NAME_x4.png."
+    parser = command_parser("upscale", summary, EXAMPLES)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="picture, or folder of pictures; path or URI"
     )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="path or URI; made if there is none"
     )
-    parser.add_argument("--model", help=MODEL_HELP)
-    parser.add_argument(
-        "--tracking-uri", default=RunConfig.tracking_uri, help="MLflow with the model; default %(default)s"
-    )
+    add_model_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="picks the invented detail; default %(default)s")
     return parser
 
@@ -57,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Upscales every input; a picture that cannot be read is named, and the others are still done."""
     arguments = build_parser().parse_args(argv)
+    # torch takes seconds to import, which --help and a mistake in the options do not wait for.
+    from ..infra.listing import absolute
+    from ..infra.storage import check_outlives_job
+    from ..tracking.released import find_released
+    from .run import FEW, find_pictures, upscale_few
+    from .upscaler import Making
+
     check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)

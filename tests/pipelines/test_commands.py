@@ -146,13 +146,14 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
         ("name=a/b", "name may have only letters, digits"),
         ("name=..", "name may have only letters, digits"),
         ("data.eval_crop_size=66", "data.eval_crop_size (66) must be a multiple of network.scale (4)."),
-        ("loss.dtm_t_max=0.2", "leave no step to compare"),
+        ("loss.lpips_crop=0.2", "loss.lpips_crop=0.2 leaves 26 of 128 pixels, and LPIPS needs 32."),
+        ("loss.dtm_t_max=0.2 optim.dtm_steps=1", "leave no step to compare"),
     ],
 )
 def test_a_setting_that_is_not_allowed(
     refused: Refused, command: ModuleType, setting: str, message: str
 ) -> None:
-    assert message in refused(command, setting)
+    assert message in refused(command, *setting.split())
 
 
 def test_gpus_that_this_machine_has_not(
@@ -285,8 +286,8 @@ def test_a_run_does_not_continue_with_another_config(refused: Refused, good: lis
     good.append("optim.lr=0.002")
     before = config_of(good)
     write_checkpoint(before, f"{before.run_uri}/checkpoint_1")
-    message = refused(train, *good, "network.num_blocks=2", "optim.lr=0.5")
-    assert "(network.num_blocks: 1 -> 2, optim.lr: 0.002 -> 0.5)" in message
+    message = refused(train, *good, "network.num_blocks=3", "optim.lr=0.5")
+    assert "(network.num_blocks: 2 -> 3, optim.lr: 0.002 -> 0.5)" in message
     assert "set another name to start a new run" in message
     check_inputs(config_of([*good, "optim.lr=0.5"]), fresh=True)
     message = refused(train, *good, "train.global_batch_size=32")

@@ -17,8 +17,6 @@ from tests.support.repository import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("ctmsr", "pipelines")
 SLOW_TO_IMPORT = {"mlflow", "ray", "torch"}
-PROMPT = [name for name in COMMANDS if name not in ("upscale", "serve", "demo")]
-"""Those that explain themselves before they import any of it."""
 LIMIT_S = 100
 
 
@@ -89,7 +87,7 @@ def test_the_help_lists_the_commands_and_the_version_is_that_of_the_project(inst
     assert installed.run("--version").stdout == f"ctmsr {PROJECT['version']}\n"
 
 
-@pytest.mark.parametrize("command", PROMPT)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_explains_itself_before_it_imports_what_is_slow(installed: Installed, command: str) -> None:
     done = installed.run(command, "--help", under=("-X", "importtime"))
     assert done.returncode == 0, done.stderr

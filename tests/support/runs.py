@@ -26,6 +26,7 @@ SMALLEST = (
     "network.lq_size=8",
     "network.channel_mult=[1]",
     "network.num_heads=1",
+    "loss.lpips_crop=1",
     "data.eval_crop_size=32",
     "data.eval_draws=1",
 )

@@ -75,7 +75,7 @@ class ArrayUnpickler(pickle.Unpickler):
         """
         if (module, name) not in PICKLE_GLOBALS:
             raise UserError(
-                f"The weights file refers to {module}.{name}, which no array needs; it was not read."
+                f"The weights file asks for {module}.{name}, which no array needs; it was not read."
             )
         return PICKLE_GLOBALS[module, name]
 

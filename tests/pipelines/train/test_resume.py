@@ -173,5 +173,5 @@ def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:
     )
     with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 1 -> 2\)"):
         check_inputs(other)
-    with pytest.raises(CheckpointError, match="init_uri s3://training/none is no checkpoint"):
+    with pytest.raises(CheckpointError, match="init_uri s3://training/none is not a checkpoint"):
         check_inputs(changed(trained.config, "name=x", "init_uri=s3://training/none"))

@@ -200,7 +200,7 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
     ) as raised:
         run_to_end(config, inputs)
     assert "\n" not in str(raised.value)
-    assert "Going on from step" not in capsys.readouterr().out  # what would come again is not tried again
+    assert "Resuming from step" not in capsys.readouterr().out  # no retry of what would fail again
     assert run_named("broken", config).info.status == "FAILED"
     tolerant = replace(config, name="tolerant", data=replace(config.data, max_unreadable=0.5))
     capsys.readouterr()

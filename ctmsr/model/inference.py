@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..config import check
 from ..image import to_tensor, to_u8, upsample
-from .network import ConsistencyModel
+from .device import use_fast_math
+from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,22 @@ class InferenceConfig:
         check(self.batch_tiles >= 1, f"inference.batch_tiles must be at least 1, got {self.batch_tiles}.")
 
 
+def for_inference(
+    model: ConsistencyModel, device: str | torch.device, config: InferenceConfig
+) -> ConsistencyModel:
+    """The model in eval mode on `device`, in the form that `upscale` is fastest with.
+
+    On a GPU its convolutions are channels last, its weights of `config.precision`, and this process computes
+    float32 products in TF32. Elsewhere it is the same model.
+    """
+    model = model.eval().to(device)
+    if torch.device(device).type != "cuda":
+        return model
+    use_fast_math()
+    model = bf16_copy(model) if config.precision == "bf16" else model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 @torch.inference_mode()
 def upscale(
     model: ConsistencyModel,
@@ -63,8 +80,7 @@ def upscale(
     logs which settings fit.
 
     Args:
-        model: In eval mode, on the device to compute on. For many pictures on a GPU, use
-            `bf16_copy(model).to(memory_format=torch.channels_last)`.
+        model: In eval mode, on the device to compute on. From `for_inference` it is fastest.
         lq_u8: uint8 (h, w, 3), RGB, with sides of at least 1.
         sigma_max: Noise level at the LR end of the trajectory that the model was trained with.
         seed: Selects the noise; the same seed gives the same picture.

@@ -6,7 +6,6 @@ published weights load entry by entry. The blocks are DDPM++ (EDM) residual bloc
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,9 +87,6 @@ class ConsistencyModel(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.bf16 = False
-        """Whether F computes in bfloat16 where that is safe (autocast); weights and results stay float32.
-        `bf16_copy` is faster if the weights are used more often than they change."""
         self.model = UNet(config)
 
     def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
@@ -105,8 +101,7 @@ class ConsistencyModel(nn.Module):
             float32 images of x's shape. At sigma = 0 exactly x.
         """
         c_skip, c_out, c_noise = preconditioning(sigma.to(x.device, torch.float32).reshape(-1).expand(len(x)))
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            raw = self.model(x, c_noise, lq)
+        raw = self.model(x, c_noise, lq)
         return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
 
 
@@ -116,7 +111,6 @@ def bf16_copy(model: ConsistencyModel) -> ConsistencyModel:
     Norms compute their statistics in float32. Inputs and outputs are float32, like the model's.
     """
     result = copy.deepcopy(model)
-    result.bf16 = False
     for parameter in result.parameters():
         parameter.data = parameter.data.bfloat16()
     return result

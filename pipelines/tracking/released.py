@@ -13,7 +13,7 @@ import torch
 
 from ctmsr.config import from_dict
 from ctmsr.model import checkpoint
-from ctmsr.model.inference import InferenceConfig, upscale
+from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 
 from ..config.defaults import MODEL_NAME
 from ..infra.checkpoints import STARTER, fetched
@@ -49,11 +49,11 @@ class CheckpointModel:
 
     def load(self) -> Upscale:
         """Loads it onto a GPU if there is one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         with fetched(self.uri) as folder:
-            model, manifest = checkpoint.load_model(folder, device)
+            model, manifest = checkpoint.load_model(folder)
         sigma_max = manifest.config["schedule"]["sigma_max"]
         settings = from_dict(InferenceConfig, manifest.config["inference"], "inference")
+        model = for_inference(model, "cuda" if torch.cuda.is_available() else "cpu", settings)
         return lambda lq_u8, seed: upscale(model, lq_u8, sigma_max=sigma_max, seed=seed, config=settings)
 
 

@@ -13,7 +13,7 @@ from ray.util.queue import Queue
 
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import score
-from ctmsr.model.inference import upscale
+from ctmsr.model.inference import for_inference, upscale
 from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
@@ -75,7 +75,7 @@ class Reporter:
         started = time.monotonic()
         upscale_one = partial(
             upscale,
-            state.ema_model.eval(),
+            for_inference(state.ema_model, ray.train.torch.get_device(), self._config.inference),
             sigma_max=self._config.schedule.sigma_max,
             config=self._config.inference,
         )

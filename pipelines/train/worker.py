@@ -16,12 +16,13 @@ import torch
 import torch.distributed
 
 from ctmsr.config import from_dict, to_dict
-from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model import checkpoint
-from ctmsr.model.network import ConsistencyModel
+from ctmsr.model.device import prefetch, use_fast_math
+from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.rng import sample_seed
 from ctmsr.training.state import TrainState, build_state, restore_state, start_from
-from ctmsr.training.step import Batch, check_finite, train_step
+from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch
@@ -45,11 +46,14 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     num_workers = context.get_world_size()
     device = ray.train.torch.get_device()
-    state, unsent = _initial_state(config)
-    lpips = load_lpips("vgg").to(device)
+    use_fast_math()
+    state, unsent = _initial_state(config, device)
+    lpips = _loss_network(config, device)
+    if config.train.compile:
+        compile_step(state, lpips)
     monitor = StreamMonitor(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
     leader = _Leader(config, loop, monitor, unsent) if context.get_world_rank() == 0 else None
-    batches = _batches(config, num_workers, device, monitor)
+    batches = prefetch(_batches(config, num_workers, monitor), device)
     notice = None
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
@@ -112,17 +116,23 @@ class _Leader:
         self.reporter.close()
 
 
-def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]:
+def _loss_network(config: RunConfig, device: torch.device) -> Lpips:
+    lpips = load_lpips("vgg", config.train.precision).to(device)
+    if config.train.use_gpu:
+        lpips.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lpips
+
+
+def _initial_state(config: RunConfig, device: torch.device) -> tuple[TrainState, list[dict[str, Any]]]:
     """The state of the newest checkpoint, else the initial one; and metrics that had not reached MLflow."""
     torch.manual_seed(sample_seed(config.seed, "weights"))
-    network = ConsistencyModel(config.network)
-    network.bf16 = config.train.precision == "bf16"
-    network.model.recompute = config.train.activation_checkpointing
+    model = ConsistencyModel(config.network).to(device)
+    model.model.recompute = config.train.activation_checkpointing
     if config.train.use_gpu:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parallel = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
-    model = getattr(parallel, "module", parallel)  # wrapped in DDP if there is more than one worker
-    assert isinstance(model, ConsistencyModel)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    working = bf16_copy(model) if config.train.precision == "bf16" else model
+    ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    parallel = ray.train.torch.prepare_model(working, parallel_strategy_kwargs=ddp)
     state, unsent = build_state(model, config.optim, parallel), []
     if found := newest(config.run_uri):
         with fetched(found.uri) as folder:
@@ -134,14 +144,10 @@ def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]
             ema, manifest = checkpoint.load_model(folder)
             has_state = checkpoint.TRAIN_STATE_FILE in manifest.files
             start_from(state, ema, checkpoint.load_train_state(folder) if has_state else {})
-    if config.train.compile:
-        state.model.model.compile()
     return state, unsent
 
 
-def _batches(
-    config: RunConfig, num_workers: int, device: torch.device, monitor: StreamMonitor
-) -> Iterator[Batch]:
+def _batches(config: RunConfig, num_workers: int, monitor: StreamMonitor) -> Iterator[Batch]:
     """This worker's part of every batch, endlessly: each iteration over the shard yields a bounded number."""
     shard, size = ray.train.get_dataset_shard("train"), config.train.global_batch_size
     while True:
@@ -151,7 +157,7 @@ def _batches(
         ):
             num_batches += 1
             monitor.count(rows)
-            yield make_batch(rows, device, global_batch_size=size, num_workers=num_workers)
+            yield make_batch(rows, global_batch_size=size, num_workers=num_workers)
         assert num_batches, "the stream ended before the run"
 
 

@@ -130,8 +130,14 @@ def test_other_scales_train_evaluate_and_upscale(
     ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
 ) -> None:
     name = f"x{scale}"
-    settings = [f"network.scale={scale}", "data.eval_crop_size=48", "optim.ct_steps=1", "optim.dtm_steps=1"]
-    settings += [f"name={name}", f"model_name={name}", f"storage_uri={tmp_path}", "train.num_workers=1"]
+    settings = [f"network.scale={scale}", "network.lq_size=16", "data.eval_crop_size=48", "optim.ct_steps=1"]
+    settings += [
+        "optim.dtm_steps=1",
+        f"name={name}",
+        f"model_name={name}",
+        f"storage_uri={tmp_path}",
+        "train.num_workers=1",
+    ]
     config = run_config(bucket, tmp_path, *settings)
     run_to_end(config)
     options = ["--config", f"{config.run_uri}/config.json"]

@@ -251,6 +251,7 @@ def command(name: str, folder: Path) -> list[str]:
         "data.train_uri": f"{folder}/photos",
         "data.val_uri": f"{folder}/photos/rocket.png",
         "network.lq_size": 16,
+        "network.channel_mult": "[1, 2]",
         "data.eval_crop_size": 64,
         "data.eval_draws": 1,
         "train.global_batch_size": 4,

@@ -22,8 +22,8 @@ class Interval:
 
     @property
     def holds_zero(self) -> bool:
-        """Whether there may be no difference at all."""
-        return abs(self.mean) <= self.half_width
+        """Whether there may be no difference at all; of numbers that are none, too."""
+        return not abs(self.mean) > self.half_width
 
 
 def paired_interval(differences: Sequence[float], *, num_compared: int = 1) -> Interval | None:

@@ -36,6 +36,7 @@ def test_pictures_that_all_agree_give_a_point() -> None:
     assert Interval(0.0, 0.0, 5).holds_zero
     assert not Interval(-0.1, 0.0, 5).holds_zero
     assert Interval(-0.1, 0.1, 5).holds_zero
+    assert Interval(float("nan"), float("nan"), 5).holds_zero
 
 
 def test_pairing_is_what_tells_models_apart() -> None:

@@ -1,15 +1,14 @@
-"""Several Ray nodes on this machine, to try what a cluster does: `python -m cluster.local --help`.
+"""Runs several Ray nodes on this machine, to try out a cluster: `python -m cluster.local --help`.
 
-Every node has a loopback address of its own, from 127.0.0.2 on, and all processes prove themselves by one
-token. `up` makes it, and it is only in a file that nobody else can read: nodes and commands get the path. The
-dashboard with its job server listens on loopback. Other ports of Ray listen on all interfaces: those that
-take orders want the token, those that give metrics do not. Where that is too much, a firewall has to help.
+Every node has its own loopback address, from 127.0.0.2 on, and all processes authenticate with the same
+token. `up` generates it in a file that only its owner can read; nodes and commands are given the path.
+The dashboard with its job server listens on loopback. Ray's other ports listen on all interfaces: those that
+accept commands require the token, those that serve metrics do not. If that is too open, use a firewall.
 
-How secrets reach jobs: the nodes inherit the environment of the shell that ran `up`, and jobs and their
-workers inherit that of their node. So AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, MLFLOW_TRACKING_PASSWORD and
-the like are exported before `up`, and named nowhere else. What is written into `--runtime-env-json`,
-`--metadata-json` or the command of a job is no secret: Ray keeps it with the job, and shows it in its logs,
-in `ray job list` and on the dashboard.
+Nodes inherit the environment of the shell that ran `up`, and jobs and their workers inherit that of their
+node. So export secrets such as AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and MLFLOW_TRACKING_PASSWORD before
+`up`, and put them nowhere else. What is in `--runtime-env-json`, `--metadata-json` or the command of a job is
+not secret: Ray stores it with the job and shows it in its logs, in `ray job list` and on the dashboard.
 """
 
 import argparse
@@ -22,35 +21,35 @@ from .local_nodes import Cluster, client_env, down, load, log_path, nodes, proce
 
 EXAMPLES = """\
 examples:
-  two nodes; then the lines that it prints, and a job:
+  two nodes; export the lines it prints, then submit a job:
     python -m cluster.local up
     ray job submit --working-dir . -- python -m pipelines.train --dry-run
   three nodes of four CPUs each:
     python -m cluster.local up --nodes 3 --cpus 4
-  what is there, and the end of it:
+  show the cluster, and end it:
     python -m cluster.local status
     python -m cluster.local down
 
-A node's CPUs are what Ray counts; all nodes share the cores that there are. The first node has the GPUs.
+A node's CPUs are only what Ray counts; all nodes share this machine's cores. The first node has the GPUs.
 Export secrets such as AWS_SECRET_ACCESS_KEY before `up`, which passes its environment on to every job. Do not
-put them into a job's command or --runtime-env-json, which Ray shows to whoever may ask.
-A job runs in a copy of its working directory, which goes away with the cluster: name places as s3://... or by
-absolute paths."""
+put them in a job's command or --runtime-env-json, which Ray shows to everyone with access.
+A job runs in a copy of its working directory, which is deleted with the cluster: use s3://... or absolute
+paths."""
 
 
-def _tell_up(cluster: Cluster) -> None:
+def _print_cluster(cluster: Cluster) -> None:
     addresses = ", ".join(cluster.pids)
     print(f"{len(cluster.pids)} nodes of {cluster.cpus} CPUs are up: {addresses}")
     print(f"dashboard: {cluster.dashboard_url}  logs: {cluster.ray_folder}/*/session_latest/logs")
-    print("\nin a shell that is to use it:\n")
-    print("unset RAY_AUTH_TOKEN")  # of another cluster, which would win over the path
+    print("\nin every shell that uses it:\n")
+    print("unset RAY_AUTH_TOKEN")  # of another cluster; it would take precedence over the path
     for name, value in client_env(cluster).items():
         print(f"export {name}={value}")
     print("\nthen, for example:\n")
     print("ray job submit --working-dir . -- python -m pipelines.train --dry-run")
 
 
-def _tell_status(folder: Path) -> int:
+def _print_status(folder: Path) -> int:
     cluster = load(folder)
     if cluster is None or not processes(cluster):
         print(f"no cluster is up in {folder.absolute()}. Start one: python -m cluster.local up")
@@ -70,26 +69,29 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m cluster.local",
-        description="Start and end a Ray cluster of several nodes on this machine.",
+        description="Start and stop a Ray cluster of several nodes on this machine.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="up|status|down")
-    start = commands.add_parser("up", help="start the nodes, and print what to export")
+    start = commands.add_parser("up", help="start the nodes and print what to export")
     start.add_argument("--nodes", type=int, default=2, metavar="N", help="default %(default)s")
     cores = max(2, os.cpu_count() or 1)
-    start.add_argument(
-        "--cpus", type=int, default=cores, metavar="N", help="of each node; default %(default)s"
-    )
-    start.add_argument("--port", type=int, default=6479, help="of RAY_ADDRESS; default %(default)s")
+    start.add_argument("--cpus", type=int, default=cores, metavar="N", help="per node; default %(default)s")
+    start.add_argument("--port", type=int, default=6479, help="port of RAY_ADDRESS; default %(default)s")
     start.add_argument("--dashboard-port", type=int, default=8365, metavar="PORT", help="default %(default)s")
     others = [
-        commands.add_parser("status", help="nodes alive, CPUs, addresses; status 1 if there is no cluster"),
-        commands.add_parser("down", help="end the nodes, and whatever runs on them"),
+        commands.add_parser(
+            "status", help="show nodes, CPUs and addresses; exit status 1 if there is no cluster"
+        ),
+        commands.add_parser("down", help="stop the nodes and everything that runs on them"),
     ]
     for command in (start, *others):
         command.add_argument(
-            "--folder", type=Path, default=Path("runs/cluster"), help="of the cluster; default %(default)s"
+            "--folder",
+            type=Path,
+            default=Path("runs/cluster"),
+            help="the cluster's folder; default %(default)s",
         )
     return parser
 
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     arguments = build_parser().parse_args(argv)
     if arguments.command == "status":
-        return _tell_status(arguments.folder)
+        return _print_status(arguments.folder)
     if arguments.command == "down":
         num_nodes = down(arguments.folder)
         none = f"no cluster is up in {arguments.folder.absolute()}."
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         port=arguments.port,
         dashboard_port=arguments.dashboard_port,
     )
-    _tell_up(cluster)
+    _print_cluster(cluster)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The nodes of a local cluster: started, found and ended. A folder holds what is known of them:
+"""Starts, finds and stops the nodes of a local cluster. The cluster's folder contains:
 
-token           readable by its owner alone; deleted by `down`
-cluster.json    addresses, and the mark by which `down` knows the cluster's processes
+token           readable only by its owner; deleted by `down`
+cluster.json    addresses, and the mark by which `down` recognises the cluster's processes
 127.0.0.2.log   what `ray start` printed, by node; Ray's own logs are where cluster.json says
 """
 
@@ -26,16 +26,16 @@ from ctmsr.errors import UserError
 
 TOKEN_FILE, STATE_FILE = "token", "cluster.json"
 MARK = "CTMSR_LOCAL_CLUSTER"
-"""Variable in the environment of every process of a cluster, those of its jobs included."""
+"""Environment variable of every process of a cluster, including those of its jobs."""
 _START_S = 120
 _KILL_S = 30
 _OBJECT_STORE_BYTES = 1_000_000_000
-_TOLD_CHARS = 1500
+_LOG_TAIL_CHARS = 1500
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What `up` started, as cluster.json holds it."""
+    """A cluster started by `up`, as stored in cluster.json."""
 
     folder: str
     mark: str
@@ -43,11 +43,11 @@ class Cluster:
     port: int
     dashboard_port: int
     cpus: int
-    """Of each node."""
+    """CPUs per node."""
     ray_folder: str
-    """Where each node has a folder for sockets, logs and the code of jobs."""
+    """Contains a folder per node for sockets, logs and the code of jobs."""
     pids: dict[str, int] = field(default_factory=dict)
-    """`ray start` of each node, by address."""
+    """Process id of each node's `ray start`, by address."""
 
     @property
     def address(self) -> str:
@@ -65,7 +65,7 @@ class Cluster:
         return Path(self.folder, TOKEN_FILE)
 
     def save(self) -> None:
-        """Writes cluster.json, whole or not at all."""
+        """Writes cluster.json atomically."""
         beside = Path(self.folder, f".{STATE_FILE}")
         beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
         beside.replace(Path(self.folder, STATE_FILE))
@@ -73,19 +73,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Node:
-    """A node that has joined."""
+    """A node that has joined the cluster."""
 
     address: str
     cpus: int
 
 
 def node_address(index: int) -> str:
-    """The loopback address of a node; not 127.0.0.1, for which Ray takes another one."""
+    """The loopback address of a node; not 127.0.0.1, which Ray would replace with another address."""
     return f"127.0.0.{index + 2}"
 
 
 def up(folder: Path, *, num_nodes: int, cpus: int, port: int, dashboard_port: int) -> Cluster:
-    """Starts a cluster and returns once all nodes have joined; if one does not, none is left.
+    """Starts a cluster and returns once all nodes have joined; if one does not, stops all of them.
 
     Raises:
         UserError: A cluster is up in the folder, a port is taken, Ray is not installed, or a node fails.
@@ -101,17 +101,17 @@ def up(folder: Path, *, num_nodes: int, cpus: int, port: int, dashboard_port: in
     if known and processes(known):
         raise UserError(
             f"a cluster of {len(known.pids)} nodes is up in {folder} (RAY_ADDRESS={known.address}). Use it, "
-            f"or end it first: python -m cluster.local down --folder {folder}"
+            f"or stop it first: python -m cluster.local down --folder {folder}"
         )
     _check_free("--port", node_address(0), port)
     _check_free("--dashboard-port", "127.0.0.1", dashboard_port)
     if known:
-        down(folder)  # what a cluster left that ended with its machine
+        down(folder)  # remains of a cluster that ended with its machine
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # not `folder`: the path of a Unix socket has a limit
+    # not in `folder`: the path of a Unix socket has a length limit
     ray_folder = tempfile.mkdtemp(prefix="ray-")
     cluster = Cluster(str(folder), secrets.token_hex(16), port, dashboard_port, cpus, ray_folder)
-    cluster.save()  # before anything starts: `down` finds it by the mark
+    cluster.save()  # before anything starts, as `down` needs the mark
     try:
         _write_token(cluster.token_path)
         _start_nodes(cluster, num_nodes)
@@ -122,7 +122,7 @@ def up(folder: Path, *, num_nodes: int, cpus: int, port: int, dashboard_port: in
 
 
 def down(folder: Path) -> int:
-    """Ends all processes of the cluster in a folder, and deletes its token; returns how many nodes it had.
+    """Kills all processes of the cluster in a folder and deletes its token; returns the number of nodes.
 
     Raises:
         UserError: Some processes do not end.
@@ -145,7 +145,7 @@ def down(folder: Path) -> int:
 
 
 def load(folder: Path) -> Cluster | None:
-    """What cluster.json of a folder says; None if there is none.
+    """Reads cluster.json of a folder; None if there is none.
 
     Raises:
         UserError: It is damaged.
@@ -160,10 +160,10 @@ def load(folder: Path) -> Cluster | None:
 
 
 def processes(cluster: Cluster) -> list[int]:
-    """Living processes of a cluster: those that carry its mark, and those in a session with one that does.
+    """Running processes of a cluster: those with its mark, and those that share a session with one.
 
-    A number alone would not do: it may be another process's by now. The mark alone would not, either: Ray's
-    workers write their title over their environment. The session alone misses the jobs, which have their own.
+    Process ids are not enough, as they may have been reused. Nor is the mark, as Ray's workers overwrite
+    their environment with their title. Nor are the nodes' sessions, as jobs have their own.
     """
     found = dict(_sessions())
     mark = f"{MARK}={cluster.mark}".encode()
@@ -175,9 +175,9 @@ def nodes(cluster: Cluster) -> list[Node]:
     """The nodes that Ray counts as alive, by address.
 
     Raises:
-        UserError: The cluster does not answer.
+        UserError: The cluster does not respond.
     """
-    # Ray reads these once, when it is imported. RAY_ADDRESS would win over the argument below.
+    # Ray reads these once, on import. RAY_ADDRESS would take precedence over the argument below.
     os.environ.update(client_env(cluster))
     os.environ.pop("RAY_AUTH_TOKEN", None)
     from ray.util.state import list_nodes
@@ -186,13 +186,13 @@ def nodes(cluster: Cluster) -> list[Node]:
     try:
         found = list_nodes(address=cluster.dashboard_url, filters=[("state", "=", "ALIVE")], timeout=10)
     except (RayStateApiException, ConnectionError, RuntimeError) as error:
-        raise UserError(f"the cluster at {cluster.dashboard_url} does not answer: {error}") from error
+        raise UserError(f"the cluster at {cluster.dashboard_url} does not respond: {error}") from error
     each = (Node(node["node_ip"], int(node["resources_total"].get("CPU", 0))) for node in found)
     return sorted(each, key=lambda node: int(node.address.rpartition(".")[2]))
 
 
 def client_env(cluster: Cluster) -> dict[str, str]:
-    """What a shell has to export to use the cluster; no secret is in it."""
+    """What a shell must export to use the cluster; contains no secrets."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.token_path),
@@ -208,7 +208,7 @@ def _check_free(option: str, address: str, port: int) -> None:
     except OSError as error:
         raise UserError(
             f"port {port} on {address} cannot be used ({error.strerror}): perhaps another cluster is up. "
-            f"End it, or name another port: {option} PORT"
+            f"Stop it, or choose another port: {option} PORT"
         ) from error
 
 
@@ -226,7 +226,7 @@ def _start_nodes(cluster: Cluster, num_nodes: int) -> None:
     head = [
         *("--head", f"--port={cluster.port}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={cluster.dashboard_port}"),
-        f"--ray-client-server-port={_free_port()}",  # its usual one would be taken by a second cluster
+        f"--ray-client-server-port={_free_port()}",  # a second cluster would find the default one taken
     ]
     started = {node_address(0): _start(cluster, node_address(0), [*head, *common])}
     _wait_for(cluster, started)
@@ -242,8 +242,8 @@ def _start(cluster: Cluster, address: str, options: list[str]) -> subprocess.Pop
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"),
         f"--dashboard-agent-listen-port={_free_port()}",
-        # Of its own: a node that unpacks the code of a job deletes what is there first, and with it the
-        # folder in which the job runs on another node.
+        # One per node: a node that unpacks the code of a job first deletes what is there, which would
+        # include the folder in which the job runs on another node.
         f"--temp-dir={cluster.ray_folder}/{address}",
         *options,
     ]
@@ -254,7 +254,7 @@ def _start(cluster: Cluster, address: str, options: list[str]) -> subprocess.Pop
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # outlives this command, and the Ctrl-C of its terminal
+            start_new_session=True,  # outlives this command and Ctrl-C in its terminal
         )
     cluster.pids[address] = process.pid
     cluster.save()
@@ -267,7 +267,7 @@ def _node_env(cluster: Cluster) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "GLOO_SOCKET_IFNAME": "lo",  # workers of several nodes meet on the addresses that nodes have
+        "GLOO_SOCKET_IFNAME": "lo",  # the nodes' addresses are on loopback
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # `python`
         MARK: cluster.mark,
     }
@@ -279,8 +279,10 @@ def _wait_for(cluster: Cluster, started: dict[str, subprocess.Popen[bytes]]) -> 
     while True:
         for address, process in started.items():
             if process.poll() is not None:
-                raise UserError(f"node {address} ended with {process.returncode}. {_told(cluster, address)}")
-        missing, reason = set(started), "the cluster does not answer"
+                raise UserError(
+                    f"node {address} exited with {process.returncode}. {_log_tail(cluster, address)}"
+                )
+        missing, reason = set(started), "the cluster does not respond"
         try:
             missing -= {node.address for node in nodes(cluster)}
             reason = f"{', '.join(sorted(missing))} did not join"
@@ -289,17 +291,17 @@ def _wait_for(cluster: Cluster, started: dict[str, subprocess.Popen[bytes]]) -> 
         if not missing:
             return
         if time.monotonic() > deadline:
-            raise UserError(f"after {_START_S} s {reason}. {_told(cluster, min(missing))}")
+            raise UserError(f"after {_START_S} s {reason}. {_log_tail(cluster, min(missing))}")
         time.sleep(0.5)
 
 
-def _told(cluster: Cluster, address: str) -> str:
+def _log_tail(cluster: Cluster, address: str) -> str:
     path = log_path(cluster, address)
-    return f"{path} ends with:\n{path.read_text(errors='replace')[-_TOLD_CHARS:]}"
+    return f"{path} ends with:\n{path.read_text(errors='replace')[-_LOG_TAIL_CHARS:]}"
 
 
 def log_path(cluster: Cluster, address: str) -> Path:
-    """What `ray start` of a node printed."""
+    """Output of a node's `ray start`."""
     return Path(cluster.folder, f"{address}.log")
 
 
@@ -309,14 +311,14 @@ def _free_port() -> int:
 
 
 def _sessions() -> Iterator[tuple[int, int]]:
-    """Number and session of every living process."""
+    """Process id and session of every running process."""
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
         try:
             state, _, _, session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
+            continue  # it has just exited
         if state not in "ZX":
             yield int(process.name), int(session)
 
@@ -325,4 +327,4 @@ def _environment(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return b""  # it has just ended, or is another user's
+        return b""  # it has just exited, or belongs to another user

@@ -1,7 +1,7 @@
-"""Strict load of a frozen dataclass from a plain dict, dump back, and the text that explains each field.
+"""Strict loading of frozen dataclasses from plain dicts, dumping them, and the help text of their fields.
 
-The dataclasses are the single source of a run's settings: a preset, a file, `--set` and a Tune trial all pass
-through `from_dict`, so none of them can reach a value that another would refuse.
+The dataclasses are the single source of a run's settings. Presets, files, `--set` and Tune trials all pass
+through `from_dict`, so none of them can set a value that another would reject.
 """
 
 import ast
@@ -26,11 +26,11 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: A dataclass whose fields are scalars, literals, tuples, optionals or other dataclasses.
-        data: Values by field name; a missing key takes the field's default.
+        data: Values by field name; missing keys get the field's default.
         where: Dotted path of `cls` in the whole config, for messages.
 
     Raises:
-        ConfigError: A key is unknown (the nearest one is named) or a value has the wrong type or range.
+        ConfigError: A key is unknown (a similar one is suggested), or a value has the wrong type or range.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'config'} must be a table of keys, got {data!r}.")
@@ -39,7 +39,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         if key not in hints:
             raise ConfigError(_unknown_key(f"{where}.{key}" if where else key, key, list(hints)))
     if missing := sorted(_required(cls) - set(data)):
-        raise ConfigError(f"{where or 'config'} lacks {', '.join(missing)}. Give them a value.")
+        raise ConfigError(f"{where or 'config'} lacks {', '.join(missing)}. Give each a value.")
     values = {
         key: _convert(hints[key], value, f"{where}.{key}" if where else key) for key, value in data.items()
     }
@@ -85,7 +85,7 @@ def flatten(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def describe(cls: type, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, one-line text) for every field: the text is the string literal below the field."""
+    """Yields (dotted key, help text) for every field; the text is the string literal below the field."""
     source = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(source, ast.ClassDef)
     hints = typing.get_type_hints(cls)
@@ -101,7 +101,7 @@ def describe(cls: type, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check(condition: bool, message: str) -> None:
-    """Raises ConfigError(message) unless `condition`: the one-line form that `__post_init__` methods use."""
+    """Raises ConfigError(message) unless `condition` holds; for `__post_init__` methods."""
     if not condition:
         raise ConfigError(message)
 
@@ -126,7 +126,7 @@ def _parse(text: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type `hint` asks for; an int passes for a float, a list for a tuple, no more."""
+    """`value` converted to the type `hint`: ints are accepted as floats and lists as tuples, nothing else."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_dict(hint, value, path)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints their text alone and exits with status 2."""
+"""Errors that a user can fix. Commands print only their message and exit with status 2."""
 
 
 class UserError(Exception):
@@ -14,11 +14,11 @@ class DataError(UserError):
 
 
 class StoreError(DataError):
-    """A store refuses, fails or does not answer; the same call may succeed later."""
+    """A store denies access, fails or does not respond; the same call may succeed later."""
 
 
 class PictureError(DataError):
-    """A picture cannot be used; `reason` is the kind of defect, in a word."""
+    """A picture cannot be used; `reason` is the kind of defect in one word."""
 
     def __init__(self, message: str, reason: str = "unreadable") -> None:
         super().__init__(message)

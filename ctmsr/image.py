@@ -22,11 +22,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 
 
 def decode(data: bytes, *, name: str) -> np.ndarray:
-    """Pixels of an encoded picture as any viewer shows it, in 8-bit RGB.
+    """Decodes a picture to 8-bit RGB, as viewers show it.
 
-    EXIF orientation is applied, 16 bits are scaled to 8, and of an animation the first frame is taken.
-    Transparency is composited over white, not dropped: what lies under transparent pixels is left over from
-    editing and never meant to be seen. Colour profiles are ignored; pixels are taken as sRGB.
+    EXIF orientation is applied, 16 bits are scaled to 8, and animations yield their first frame. Transparency
+    is composited over white rather than dropped, as the colour of transparent pixels is a remnant of editing
+    that nobody is meant to see. Colour profiles are ignored; pixels are taken as sRGB.
 
     Args:
         data: A whole JPEG, PNG, WebP, TIFF, BMP, GIF or PPM file.
@@ -36,10 +36,10 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
         uint8 of shape (height, width, 3), writable.
 
     Raises:
-        PictureError: The bytes are empty, damaged or no such picture ("unreadable"); they end too early
+        PictureError: The bytes are empty, damaged or in another format ("unreadable"); they end too early
             ("truncated"); there are more than `MAX_PIXELS` pixels ("bomb"); or the pixels have no fixed white
-            level, as 32-bit integers and floats ("mode"). Damage that leaves a valid stream, such as flipped
-            bits in a JPEG's coefficients, is not an error that a decoder can see.
+            level, like 32-bit integers and floats ("mode"). Damage that leaves a valid stream, such as
+            flipped bits in a JPEG's coefficients, goes undetected.
     """
     buffer = io.BytesIO(data)
     try:
@@ -47,15 +47,13 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise PictureError(
                     f"{name} has {image.width}x{image.height} pixels, above the limit of {MAX_PIXELS}. "
-                    "Downscale it, cut it up, or leave it out.",
+                    "Downscale it, split it, or leave it out.",
                     "bomb",
                 )
             return _rgb_u8(ImageOps.exif_transpose(image), name)
     except PictureError:
         raise
-    except (
-        Exception
-    ) as error:  # on damaged bytes Pillow's readers raise anything from OSError to struct.error
+    except Exception as error:  # damaged bytes make Pillow raise anything from OSError to struct.error
         said = str(error).replace(f" {buffer!r}", "")
         raise PictureError(
             f"{name} is not a readable picture ({len(data)} bytes; {type(error).__name__}: {said}). "
@@ -65,7 +63,7 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-    """The kind of defect that one of Pillow's readers met."""
+    """The kind of defect that an error of Pillow's stands for."""
     if isinstance(error, Image.DecompressionBombError):
         return "bomb"
     said = str(error).lower()
@@ -113,9 +111,9 @@ def to_u8(images: Tensor) -> np.ndarray:
 
 
 def random_crop(hr_u8: np.ndarray, size: int, rng: np.random.Generator, *, name: str) -> np.ndarray:
-    """Square crop at a uniformly random place, as a view where no padding is needed.
+    """Square crop at a uniformly random position; a view unless padding is needed.
 
-    A side shorter than `size` is first extended at its end by mirroring once, the edge row not repeated.
+    A side shorter than `size` is first extended at its end by mirroring once, without repeating the edge.
 
     Args:
         hr_u8: uint8 of shape (height, width, 3).
@@ -127,7 +125,7 @@ def random_crop(hr_u8: np.ndarray, size: int, rng: np.random.Generator, *, name:
         uint8 of shape (size, size, 3).
 
     Raises:
-        DataError: A side is shorter than size // 2 + 1, so one mirroring cannot fill the crop.
+        DataError: A side is shorter than size // 2 + 1, so mirroring once cannot fill the crop.
     """
     hr_u8 = _reflect_to(hr_u8, size, name)
     top, left = (int(rng.integers(side - size + 1)) for side in hr_u8.shape[:2])
@@ -150,7 +148,7 @@ def paired_crop(
     rng: np.random.Generator | None,
     name: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same place of a picture and of its LR picture: at random, or the middle without `rng`.
+    """Crops a picture and its LR picture at the same place: at random, or in the middle without `rng`.
 
     Args:
         hr_u8: uint8 of shape (height, width, 3).
@@ -170,7 +168,7 @@ def paired_crop(
     if (height, width) != (scale * lq_height, scale * lq_width):
         raise DataError(
             f"{name} is {width}x{height} pixels and its LR picture {lq_width}x{lq_height}, not {scale} times "
-            "less. Crop it, or leave the pair out."
+            "smaller. Crop it, or leave the pair out."
         )
     if min(height, width) < size:
         raise DataError(
@@ -209,7 +207,7 @@ def _reflect_to(hr_u8: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def upsample(lq: Tensor, scale: int) -> Tensor:
-    """`lq_up`: bicubic enlargement of `lq`, on the 8-bit grid like the picture files it stands for.
+    """`lq_up`: bicubic enlargement of `lq`, rounded to 8 bits like the picture file that it replaces.
 
     Args:
         lq: NCHW floats in [-1, 1].

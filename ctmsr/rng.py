@@ -1,7 +1,7 @@
-"""Randomness as a pure function of what it is for: no global state, no dependence on worker or order.
+"""Random numbers as a pure function of their purpose: no global state, no dependence on worker or order.
 
-Each stream is seeded by a hash of (run seed, epoch, sample, purpose), so a sample is cropped, degraded and
-noised alike on any number of workers and after a resume.
+Each stream is seeded by a hash of (run seed, epoch, sample, purpose), so that a sample gets the same crop,
+degradation and noise on any number of workers and after a resume.
 """
 
 import hashlib

@@ -24,12 +24,12 @@ COMMANDS = (
     "backbones",
     "demo",
 )
-"""In the order in which they are used."""
+"""In order of use."""
 _FOLDER = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that is named, with the arguments after it.
+    """Runs the named command with the arguments after it.
 
     Raises:
         ConfigError: There is no such command.
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> None:
-    """What `ctmsr` starts."""
+    """Entry point of `ctmsr`."""
     exit_status.run(main)
 
 
@@ -73,7 +73,7 @@ def _module(name: str) -> str:
 
 
 def _summary(name: str) -> str:
-    """The first line of a command's docstring, without the way to call it at its end."""
+    """The first line of a command's docstring, without the invocation at its end."""
     folder = _FOLDER / name
     line = docstrings.of_module(folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py"))
     return re.sub(r"[:.]? `\S+ [^`]*`\.$", "", line).rstrip(".")

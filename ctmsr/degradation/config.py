@@ -1,4 +1,4 @@
-"""Which degradations happen, how often and how strong: the published probabilities and ranges.
+"""Which degradations are applied, how often and how strongly; the defaults are the published values.
 
 The recipe is Real-ESRGAN's (Wang et al. 2021, arXiv:2107.10833), the values those published for CTMSR.
 """
@@ -60,15 +60,15 @@ class BlurKinds:
 class StageConfig:
     """One round of blur -> resize -> noise -> JPEG.
 
-    No defaults: a partly written stage2 would silently take stage1's values for the rest.
+    No defaults: a partial stage2 would silently inherit stage1's values.
     """
 
     prob: float
-    """Probability that the stage happens at all."""
+    """Probability that the stage is applied at all."""
     blur_prob: float
     """Probability of a blur within the stage."""
     max_blur_kernel_px: int
-    """Largest kernel side, odd; sides are uniform over 3, 5 ... this. Higher lets wide blurs be wider."""
+    """Largest kernel side, odd; sides are uniform over 3, 5 ... this. Higher allows wider blurs."""
     blur_kinds: BlurKinds = BlurKinds()
     """Probabilities of the kernel kinds."""
     blur_sigma_px: tuple[float, float]
@@ -80,7 +80,7 @@ class StageConfig:
     sinc_prob: float
     """Probability that the blur is a sinc filter instead; higher gives more ringing."""
     sinc_cutoff_rad: tuple[float, float]
-    """Range of the sinc cut-off in radians a pixel, for kernels under 13 px; lower is blurrier."""
+    """Range of the sinc cut-off in radians per pixel, for kernels under 13 px; lower is blurrier."""
     sinc_cutoff_large_rad: tuple[float, float]
     """The same for kernels of 13 px and more, which can cut lower."""
     resize_up_prob: float
@@ -173,7 +173,7 @@ class DegradationConfig:
     final_max_sinc_kernel_px: int = 13
     """Largest side of its kernel, odd; sides are uniform over 3, 5 ... this."""
     final_sinc_cutoff_rad: tuple[float, float] = (math.pi / 3, math.pi)
-    """Range of its cut-off in radians a pixel; lower is blurrier."""
+    """Range of its cut-off in radians per pixel; lower is blurrier."""
     final_jpeg_quality: tuple[float, float] = (30.0, 95.0)
     """Range of the last JPEG's quality, 1 to 100; lower has more artefacts."""
     final_jpeg_last_prob: float = 0.5

@@ -1,7 +1,7 @@
-"""Blur, resize, noise and JPEG: the operations a degradation is made of, one pure function each.
+"""Blur, resize, noise and JPEG: the operations of the degradation, each a pure function.
 
 The recipe is that of Real-ESRGAN (Wang et al. 2021, arXiv:2107.10833, section 3). In this module and in
-`degradation`, `image` is float32, HWC, RGB, in [0, 1] except where a filter overshoots.
+`recipe`, `image` is float32, HWC, RGB, in [0, 1] except where a filter overshoots.
 """
 
 import math
@@ -17,7 +17,7 @@ ResizeMode = Literal["area", "bilinear", "bicubic"]
 # Up to this many taps OpenCV filters directly; above it goes through a DFT, 2 to 4 times slower at our sizes.
 _MAX_DIRECT_TAPS = 121
 
-# Table entries for each Poisson mean: more save search steps, fewer fit the cache.
+# Table entries per Poisson mean: more save search steps, fewer fit into the cache.
 _NUM_BUCKETS = 1024
 
 
@@ -46,11 +46,11 @@ def plateau_kernel(
 
 
 def sinc_kernel(size: int, cutoff_rad: float) -> np.ndarray:
-    """Circular low-pass kernel w J1(w r) / (2 pi r), normalised: makes ringing and overshoot.
+    """Circular low-pass kernel w J1(w r) / (2 pi r), normalised; causes ringing and overshoot.
 
     Args:
         size: Side in pixels, odd.
-        cutoff_rad: Cut-off frequency w in radians a pixel, in (0, pi]; lower cuts more.
+        cutoff_rad: Cut-off frequency w in radians per pixel, in (0, pi]; lower cuts more.
 
     Returns:
         float32 of shape (size, size), summing to 1, with negative lobes.
@@ -85,7 +85,7 @@ def _normalized(kernel: np.ndarray) -> np.ndarray:
 
 
 def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Correlate each channel with an odd square kernel; the border mirrors without repeating the edge."""
+    """Correlates each channel with an odd square kernel; the border mirrors without repeating the edge."""
     size = kernel.shape[0]
     if kernel.size <= _MAX_DIRECT_TAPS:
         return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
@@ -102,10 +102,10 @@ def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: ResizeMode) -> np.ndarray:
-    """Resample to (height, width) without antialiasing; equals torch's `F.interpolate(size=size, mode=mode)`.
+    """Resamples to (height, width) without antialiasing, like torch's `F.interpolate(size=size, mode=mode)`.
 
     Bicubic has a = -0.75 and may overshoot [0, 1]. "area" averages all input pixels that an output pixel
-    touches, when enlarging too: adaptive average pooling, not OpenCV's INTER_AREA.
+    touches, even when enlarging: adaptive average pooling, not OpenCV's INTER_AREA.
     """
     if size == image.shape[:2]:
         return image
@@ -116,9 +116,8 @@ def resize(image: np.ndarray, size: tuple[int, int], mode: ResizeMode) -> np.nda
 
 
 def _resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    for (
-        num_out
-    ) in size:  # each pass averages along the rows' axis and swaps the axes, so two restore the layout
+    # Each pass averages over the row axis and swaps the axes, so two passes restore the layout.
+    for num_out in size:
         image = cv2.transpose(_average_rows(image, num_out))
     return image
 
@@ -137,12 +136,12 @@ def _average_rows(image: np.ndarray, num_out: int) -> np.ndarray:
 def add_gaussian_noise(
     image: np.ndarray, noise_std: float, *, is_grey: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """Add white Gaussian noise and clip to [0, 1].
+    """Adds white Gaussian noise and clips to [0, 1].
 
     Args:
         image: float32 HWC.
         noise_std: Standard deviation in [0, 1] units.
-        is_grey: One draw a pixel, shared by its channels, instead of one a channel.
+        is_grey: One draw per pixel, shared by its channels, instead of one per channel.
         rng: Source of the noise.
     """
     shape = (*image.shape[:2], 1) if is_grey else image.shape
@@ -154,7 +153,7 @@ def add_gaussian_noise(
 def add_poisson_noise(
     image: np.ndarray, poisson_scale: float, *, is_grey: bool, rng: np.random.Generator
 ) -> np.ndarray:
-    """Add scaled shot noise and clip to [0, 1].
+    """Adds scaled shot noise and clips to [0, 1].
 
     As Real-ESRGAN does: with x the image on the 8-bit grid and v the number of distinct levels in it, rounded
     up to a power of two, the noise is scale * (Poisson(v x) / v - x).
@@ -162,7 +161,7 @@ def add_poisson_noise(
     Args:
         image: float32 HWC.
         poisson_scale: Factor on the noise, at least 0; 1 is true shot noise of v photons at white.
-        is_grey: Noise of the luma, shared by the channels, instead of each channel's own.
+        is_grey: Noise of the luma, shared by the channels, instead of separate noise per channel.
         rng: Source of the noise.
     """
     source = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if is_grey else image
@@ -176,8 +175,8 @@ def add_poisson_noise(
 def _draw_poisson(levels: np.ndarray, peak: int, rng: np.random.Generator) -> np.ndarray:
     """Poisson counts of mean peak * level / 255, by inverting the distribution function.
 
-    There are only 256 means, so the search starts from a table next to its end. Exact to the 24 bits of a
-    float32 draw, and three times faster than `Generator.poisson`, which was the slowest operation by far.
+    As there are only 256 means, a table lets the search start next to its end. Exact to the 24 bits of a
+    float32 draw, and three times as fast as `Generator.poisson`, by far the slowest operation before.
     """
     cdf, starts = _poisson_tables(peak)
     level, draw = levels.ravel().astype(np.int32), rng.random(levels.size, dtype=np.float32)
@@ -188,12 +187,12 @@ def _draw_poisson(levels: np.ndarray, peak: int, rng: np.random.Generator) -> np
     while short.size:
         place[short] += 1
         short = short[cdf.take(place.take(short)) <= draw.take(short)]
-    return (place - row).astype(np.int16).reshape(levels.shape)  # so that the caller stays in float32
+    return (place - row).astype(np.int16).reshape(levels.shape)  # int16 keeps the caller in float32
 
 
-@lru_cache(maxsize=9)  # one entry for each peak: 1, 2, 4 ... 256; 5 MB in all
+@lru_cache(maxsize=9)  # one entry per peak: 1, 2, 4 ... 256; 5 MB in all
 def _poisson_tables(peak: int) -> tuple[np.ndarray, np.ndarray]:
-    """By level: P(count <= k) for every k, and the smallest count that a draw in each bucket can give."""
+    """For each level: P(count <= k) for every k, and the smallest count for a draw in each bucket."""
     means = np.arange(256)[:, None] * (peak / 255)
     counts = np.arange(int(peak + 7 * math.sqrt(peak) + 20))  # beyond: less than 2^-24
     cdf = pdtr(counts, means).astype(np.float32)
@@ -204,10 +203,10 @@ def _poisson_tables(peak: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Write and read back as a baseline JPEG (libjpeg, 4:2:0), quality 1 to 100.
+    """Encodes and decodes as a baseline JPEG (libjpeg, 4:2:0), quality 1 to 100.
 
-    Real-ESRGAN uses a differentiable stand-in, which skips the rounding to 8 bits on both sides. Here no
-    gradient is needed, and the real codec is what pictures have gone through.
+    Real-ESRGAN uses a differentiable approximation that skips the rounding to 8 bits on both sides. No
+    gradient is needed here, and real pictures have been through the real codec.
     """
     bgr = cv2.cvtColor(u8_from_unit(image), cv2.COLOR_RGB2BGR)
     _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])

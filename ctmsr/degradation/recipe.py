@@ -1,8 +1,7 @@
-"""The degradation HR -> LQ: which operation happens when, and what it draws.
+"""The degradation HR -> LQ: the order of the operations and their random draws.
 
 Real-ESRGAN's second-order model (Wang et al. 2021, arXiv:2107.10833): stage1, then half of the time stage2,
-then a last resize, sinc filter and JPEG. Probabilities and ranges are in `config`, the operations
-in `ops`.
+then a final resize, sinc filter and JPEG. Probabilities and ranges are in `config`, the operations in `ops`.
 """
 
 import math
@@ -23,9 +22,9 @@ def degrade(
 ) -> np.ndarray:
     """One random degraded version of a clean crop.
 
-    Departs from Real-ESRGAN's code in two places. Its first resize maps coordinates by the drawn factor and
+    Differs from Real-ESRGAN's code in two places. Its first resize maps coordinates by the drawn factor and
     so shifts content when the size is rounded down; here corners stay aligned, as in its later resizes. Its
-    JPEG is a differentiable stand-in; here it is the codec. Kernels are not padded: zeros change nothing.
+    JPEG is a differentiable approximation; here it is the codec. Kernels are not padded: zeros do nothing.
 
     Args:
         hr_u8: uint8 of shape (height, width, 3), RGB; both sides are multiples of `scale`.
@@ -42,8 +41,8 @@ def degrade(
     height, width = hr_u8.shape[:2]
     if height % scale or width % scale:
         raise ConfigError(
-            f"HR crop of {width}x{height} pixels is not a multiple of scale ({scale}) on each side. "
-            "Choose a crop size that is."
+            f"the sides of the {width}x{height} HR crop are not multiples of scale ({scale}). "
+            "Choose another crop size."
         )
     lq_size = (height // scale, width // scale)
     image = ops.unit_from_u8(hr_u8)
@@ -70,7 +69,7 @@ def _apply_stage(
 def _finish(
     image: np.ndarray, lq_size: tuple[int, int], config: DegradationConfig, rng: np.random.Generator
 ) -> np.ndarray:
-    """The last resize, sinc filter and JPEG, in one of the two published orders."""
+    """The final resize, sinc filter and JPEG, in one of the two published orders."""
     is_jpeg_last = rng.random() < config.final_jpeg_last_prob
     quality = _draw_quality(config.final_jpeg_quality, rng)
     if not is_jpeg_last:
@@ -105,7 +104,7 @@ def _draw_kernel_side(largest: int, rng: np.random.Generator) -> int:
 
 
 def _draw_beta(beta_range: tuple[float, float], rng: np.random.Generator) -> float:
-    """Below or above 1 at even odds, uniform within, as Real-ESRGAN draws it."""
+    """Below or above 1 at even odds, uniform within each side, as Real-ESRGAN draws it."""
     low, high = beta_range
     return rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
 

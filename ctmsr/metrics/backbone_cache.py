@@ -1,6 +1,6 @@
-"""The cache of the ImageNet backbones that LPIPS and DISTS use, which `python -m pipelines.backbones` fills.
+"""The cache of ImageNet backbones for LPIPS and DISTS, filled by `python -m pipelines.backbones`.
 
-Nothing is downloaded here, and torch is not imported: the command only needs to know what lies where.
+Downloads nothing and does not import torch: that command only needs to know which file is where.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ BACKBONE_SHA256: dict[BackboneName, str] = {
     "vgg": "cabd922aeb0dd6d56f2bed33221aee74b7f1e760ddd105c0e0891606cbab6d0d",
     "alex": "9f97fd313f4da83dbe6bbfbe6effca1241de9edfcd7c53386261ed9697286dd9",
 }
-"""Of the converted files: torchvision's `features.N.{weight,bias}`, float32 safetensors, no metadata."""
+"""SHA-256 of the converted files: torchvision's `features.N.{weight,bias}`, float32, without metadata."""
 
 
 def backbone_path(net: BackboneName) -> Path:
-    """Where the converted backbone lies, whether or not it is there yet.
+    """Where the converted backbone belongs, whether or not it is there yet.
 
     The cache is `$CTMSR_CACHE`, else `$XDG_CACHE_HOME/ctmsr`, else `~/.cache/ctmsr`.
     """
@@ -30,7 +30,7 @@ def backbone_path(net: BackboneName) -> Path:
 
 
 def verified_backbone(net: BackboneName) -> Path:
-    """The file of a backbone that is in the cache, and has the known SHA-256.
+    """The cached file of a backbone, checked against the known SHA-256.
 
     Raises:
         UserError: It is missing or damaged.

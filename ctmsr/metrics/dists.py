@@ -1,9 +1,9 @@
 """DISTS, similarity of structure and texture: Ding, Ma, Wang and Simoncelli 2020, arXiv:2004.07728.
 
-Unlike LPIPS it forgives a texture that is another sample of the same kind, which is what a generative model
-draws. The learned weights in dists_weights.safetensors are those of the authors' package DISTS-pytorch 0.1
+Unlike LPIPS it tolerates a texture that is another sample of the same kind, which is what generative models
+produce. The learned weights in dists_weights.safetensors are those of the authors' package DISTS-pytorch 0.1
 (Copyright (c) 2020 Keyan Ding, MIT License; its text is in the file's metadata). VGG16 comes from the cache
-that LPIPS uses.
+shared with LPIPS.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ from .backbone_cache import verified_backbone
 from .full_reference import check_pair
 
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""N of torchvision's `features.N`: the convolutions whose last output is compared, then pooled."""
+"""Convolutions by N of torchvision's `features.N`; each stage's last output is compared, then pooled."""
 _CHANNELS = (3, 64, 128, 256, 512, 512)
-"""Of what is compared: the picture itself, and the stages."""
+"""Channels of what is compared: the picture itself, then the stages."""
 _EPSILON = 1e-6
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -100,7 +100,7 @@ class Dists(nn.Module):
         return torch.sqrt(F.conv2d(h**2, window, stride=2, padding=1, groups=channels) + 1e-12)
 
     def train(self, mode: bool = True) -> Self:
-        """Nothing here depends on the mode; stay in eval mode, as `Lpips` does."""
+        """Stays in eval mode, like `Lpips`; nothing here depends on the mode."""
         return super().train(False)
 
 
@@ -124,7 +124,7 @@ def load_dists() -> Dists:
 
 
 def dists(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Dists) -> float:
-    """DISTS on RGB, uncropped and at the pictures' own size; 0 for equal images, larger for less alike ones.
+    """DISTS on RGB, uncropped and at the pictures' own size; 0 for equal images, larger for different ones.
 
     Args:
         sr_u8: uint8 HWC RGB.

@@ -1,6 +1,6 @@
-"""PSNR, SSIM, LPIPS and colour error of one super-resolved image against its ground truth.
+"""PSNR, SSIM, LPIPS and colour error of a super-resolved image against its ground truth.
 
-PSNR and SSIM are taken on luma, as super-resolution papers report them: ITU-R BT.601 Y in studio range
+PSNR and SSIM are computed on luma, as in super-resolution papers: ITU-R BT.601 Y in studio range
 (16..235 for black..white, MATLAB's `rgb2ycbcr`), unrounded, against a peak of 255.
 """
 
@@ -34,8 +34,8 @@ def psnr_y(sr_u8: np.ndarray, hr_u8: np.ndarray, *, crop_border: int = 0) -> flo
 def ssim_y(sr_u8: np.ndarray, hr_u8: np.ndarray, *, crop_border: int = 0) -> float:
     """Structural similarity of luma, at most 1, which equal images reach.
 
-    Wang et al. 2004, with its constants: an 11x11 Gaussian window of 1.5 px, the mean taken where the window
-    lies inside the image.
+    Wang et al. 2004, with its constants: an 11x11 Gaussian window of 1.5 px, averaged where the window lies
+    inside the image.
 
     Args:
         sr_u8: uint8 HWC RGB.
@@ -58,7 +58,7 @@ def ssim_y(sr_u8: np.ndarray, hr_u8: np.ndarray, *, crop_border: int = 0) -> flo
 
 
 def lpips_alex(sr_u8: np.ndarray, hr_u8: np.ndarray, net: Lpips) -> float:
-    """LPIPS on RGB, uncropped; 0 for equal images, larger for less alike ones.
+    """LPIPS on RGB, uncropped; 0 for equal images, larger for more different ones.
 
     Args:
         sr_u8: uint8 HWC RGB, with sides of 32 pixels or more.
@@ -114,7 +114,7 @@ def luma(image_u8: np.ndarray, crop_border: int) -> np.ndarray:
 
 
 def check_pair(sr_u8: np.ndarray, hr_u8: np.ndarray) -> None:
-    """Refuses what the metrics of two pictures cannot take.
+    """Rejects pictures that cannot be compared.
 
     Raises:
         ValueError: One is not uint8 HWC RGB, or their shapes differ.
@@ -122,7 +122,7 @@ def check_pair(sr_u8: np.ndarray, hr_u8: np.ndarray) -> None:
     for image_u8 in (sr_u8, hr_u8):
         _check_rgb_u8(image_u8)
     if sr_u8.shape != hr_u8.shape:
-        raise ValueError(f"sr_u8 and hr_u8 must have one shape, got {sr_u8.shape} and {hr_u8.shape}.")
+        raise ValueError(f"sr_u8 and hr_u8 must have the same shape, got {sr_u8.shape} and {hr_u8.shape}.")
 
 
 def _check_rgb_u8(image_u8: np.ndarray) -> None:

@@ -2,7 +2,8 @@
 
 The statistics of natural pictures in niqe_natural.safetensors are those of the authors' release (Laboratory
 for Image & Video Engineering, The University of Texas at Austin), free to copy for any purpose under this
-notice. Libraries with NIQE bring a hundred other metrics and download its parameters: hence these lines.
+notice. Implemented here because libraries with NIQE contain a hundred other metrics and download its
+parameters.
 """
 
 from functools import lru_cache
@@ -34,7 +35,7 @@ def niqe(image_u8: np.ndarray, *, crop_border: int = 0) -> float:
         crop_border: Pixels cut from every side first.
 
     Raises:
-        ValueError: It is no such picture, or a side is below MIN_SIDE_PX after the cut.
+        ValueError: It is not such a picture, or a side is below MIN_SIDE_PX after the cut.
     """
     y = luma(image_u8, crop_border).round()
     if min(y.shape) < MIN_SIDE_PX:
@@ -44,7 +45,7 @@ def niqe(image_u8: np.ndarray, *, crop_border: int = 0) -> float:
     half = F.interpolate(torch.from_numpy(y)[None, None], scale_factor=0.5, mode="bicubic", antialias=True)
     features = np.hstack([_block_features(y, BLOCK_PX), _block_features(half[0, 0].numpy(), BLOCK_PX // 2)])
     natural_mean, natural_covariance = _natural()
-    difference = natural_mean - np.nanmean(features, axis=0)  # a flat block has no shape, and gives NaN
+    difference = natural_mean - np.nanmean(features, axis=0)  # a flat block has no shape and gives NaN
     covariance = np.cov(features[~np.isnan(features).any(axis=1)], rowvar=False)
     pooled = np.linalg.pinv((natural_covariance + covariance) / 2)
     return float(np.sqrt(difference @ pooled @ difference))

@@ -1,8 +1,7 @@
-"""LPIPS, the perceptual distance of the losses (VGG) and of the reported metric (AlexNet).
+"""LPIPS, the perceptual distance in the losses (VGG) and in the reported metric (AlexNet).
 
-Zhang et al. 2018 (arXiv:1801.03924), with version 0.1 of its linear layers, which the `lpips` package
-carries; the rest of that package is not used. The ImageNet backbones come from a local cache: nothing is
-downloaded here.
+Zhang et al. 2018 (arXiv:1801.03924), with version 0.1 of its linear layers, which is all that is used of the
+`lpips` package. The ImageNet backbones come from a local cache: nothing is downloaded here.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,18 +26,18 @@ class Lpips(nn.Module):
     shift: Tensor
     scale: Tensor
     features: nn.Sequential
-    """As torchvision numbers them."""
+    """Numbered as in torchvision."""
 
     def __init__(self, tensors: Mapping[str, Tensor], precision: Literal["fp32", "bf16"] = "fp32") -> None:
-        """From the tensors of `lpips_tensors`, in float32 or float16.
+        """Builds LPIPS from tensors in float32 or float16.
 
         Args:
-            tensors: They say which backbone it is.
-            precision: Of the backbone's convolutions: bf16 moves VGG's distance by less than 0.5 %; what
-                follows them is float32.
+            tensors: From `lpips_tensors`; they determine the backbone.
+            precision: Precision of the backbone's convolutions; bf16 changes VGG's distance by less than
+                0.5 %. The rest is float32.
         """
         super().__init__()
-        with torch.device("meta"):  # so that nothing is drawn from the caller's random state
+        with torch.device("meta"):  # so that the caller's random state is not used
             self.features, self.compared = _vgg16() if "features.28.weight" in tensors else _alexnet()
             self.lins = nn.ModuleList(
                 nn.Conv2d(tensors[f"lins.{i}.weight"].shape[1], 1, 1, bias=False) for i in range(5)
@@ -52,19 +51,19 @@ class Lpips(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance per image; a batch that carries no gradient is not recorded for one.
+        """Distance per image.
 
         Args:
             a: NCHW RGB in [-1, 1], with sides of 32 pixels or more.
             b: The same shape as `a`.
 
         Returns:
-            float32 of shape (N,), 0 for equal images, larger for less alike ones.
+            float32 of shape (N,), 0 for equal images, larger for more different ones.
         """
         return self._between(self._features(a), self._features(b))
 
     def anchored(self, a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The same distance for many comparisons with `a`, whose features are computed once, here.
+        """The distance from `a`, whose features are computed only once, here.
 
         Args:
             a: As in `forward`; its gradient sums over the comparisons.
@@ -81,7 +80,7 @@ class Lpips(nn.Module):
         return from_a
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Unit vectors over channels at every position, of every layer compared."""
+        """Unit vectors over the channels at every position, for every layer compared."""
         with torch.autocast(images.device.type, enabled=False):
             h = ((images.float() - self.shift) / self.scale).to(next(self.features.parameters()).dtype)
             layers = []
@@ -108,19 +107,19 @@ def load_lpips(net: BackboneName, precision: Literal["fp32", "bf16"] = "fp32") -
 
     Args:
         net: "vgg" for training losses, "alex" for the metric that the field reports.
-        precision: As of `Lpips`.
+        precision: As in `Lpips`.
 
     Raises:
-        UserError: The backbone is not in the cache, or its file is damaged, or the package is missing.
+        UserError: The backbone is not in the cache or damaged, or the package is missing.
     """
     return Lpips(lpips_tensors(net), precision)
 
 
 def lpips_tensors(net: BackboneName) -> dict[str, Tensor]:
-    """All that `Lpips` is made from: it carries LPIPS to where neither cache nor package is.
+    """All tensors of an `Lpips`, to take it to machines without the cache and the package.
 
     Returns:
-        float32; half as large and good for 3 digits as float16.
+        float32; stored as float16 they are half as large and still good for 3 digits.
 
     Raises:
         UserError: As `load_lpips`.
@@ -162,6 +161,6 @@ def _alexnet() -> tuple[nn.Sequential, set[int]]:
 
 
 def _unit(layer: Tensor) -> Tensor:
-    """Divided by the length over channels. What is added is far below what float32 sees beside a length, and
-    keeps the gradient finite where all channels are 0."""
+    """Divides by the length over channels. The added constants are negligible beside a length in float32, and
+    keep the gradient finite where all channels are 0."""
     return layer / (torch.sqrt(torch.sum(layer**2, dim=1, keepdim=True) + 1e-20) + 1e-10)

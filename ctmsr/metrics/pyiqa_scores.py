@@ -1,7 +1,7 @@
-"""CLIPIQA and MUSIQ, scores of looks without a reference, by the user's own installed pyiqa.
+"""CLIPIQA and MUSIQ, no-reference quality scores, computed by pyiqa if the user has installed it.
 
-It is no dependency: its licence, PolyForm Noncommercial 1.0.0, forbids commercial use, and it downloads the
-weights, which have licences of their own. Nothing here is needed for anything else.
+pyiqa is not a dependency: its licence, PolyForm Noncommercial 1.0.0, forbids commercial use, and it downloads
+weights that have licences of their own. Nothing else needs this module.
 """
 
 from functools import lru_cache
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 
-if TYPE_CHECKING:  # the command line, which needs the names alone, does not wait for torch
+if TYPE_CHECKING:  # the command line needs only the names and should not wait for torch
     import numpy as np
     import torch
 
 PYIQA_NAMES = ("clipiqa", "musiq")
-"""More is better in both: CLIPIQA is in [0, 1], MUSIQ in [0, 100]."""
+"""Higher is better for both: CLIPIQA is in [0, 1], MUSIQ in [0, 100]."""
 
 
 def check_pyiqa() -> None:
-    """Refuses where pyiqa is not there.
+    """Checks that pyiqa is installed.
 
     Raises:
         UserError: It is not installed.
@@ -27,7 +27,7 @@ def check_pyiqa() -> None:
     if find_spec("pyiqa") is None:
         raise UserError(
             f"{' and '.join(PYIQA_NAMES)} need pyiqa, which is not installed: its licence forbids "
-            "commercial use. If that suits you, run `pip install pyiqa`; else leave these scores out."
+            "commercial use. If that suits you, run `pip install pyiqa`; otherwise leave these scores out."
         )
 
 

@@ -1,7 +1,7 @@
-"""Scores of upscaled pictures beside those of bicubic, and what they look like.
+"""Scores of upscaled pictures next to those of bicubic, and a grid that shows them.
 
-One way to score serves all: the evaluation of a checkpoint, the validation during training and the comparison
-of a registered model with the champion. A new metric is a function and its line in `METRICS`.
+Shared by the evaluation of a checkpoint, the validation during training and the comparison of a registered
+model with the champion. To add a metric, write a function and a line in `METRICS`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,16 +21,16 @@ from .pyiqa_scores import PYIQA_NAMES, pyiqa_score
 
 MAX_GRID_ROWS = 8
 GRID_PX = 256
-"""Largest side of a picture in the grid: the middle of larger ones is shown."""
+"""Largest side of a picture in the grid; of larger ones the middle is shown."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An upscaled picture and what it is compared with."""
+    """An upscaled picture and its reference, with everything that the metrics need."""
 
     sr_u8: np.ndarray
     hr_u8: Any
-    """uint8 HWC; None where there is no reference."""
+    """uint8 HWC; None if there is no reference."""
     lpips: Lpips
     """LPIPS-alex."""
     crop_border: int = 0
@@ -45,15 +45,15 @@ class Metric:
 
     title: str
     compute: Callable[[Pair], float | None]
-    """The score; None where a pair is too small to have one."""
+    """The score; None if the pair is too small for it."""
     rises: bool
-    """Whether more is better."""
+    """Whether higher is better."""
     digits: int = 4
     needs_reference: bool = True
 
 
 def _dists(pair: Pair) -> float:
-    assert pair.dists is not None, "DISTS is asked for, and its network is not there"
+    assert pair.dists is not None, "the metric dists needs the argument dists"
     return dists(pair.sr_u8, pair.hr_u8, pair.dists)
 
 
@@ -77,22 +77,22 @@ METRICS = {
     "clipiqa": Metric("CLIPIQA", partial(_pyiqa, "clipiqa"), rises=True, needs_reference=False),
     "musiq": Metric("MUSIQ", partial(_pyiqa, "musiq"), rises=True, digits=2, needs_reference=False),
 }
-"""Every metric of an evaluation, by the name of its score."""
+"""Every metric, by the name of its score."""
 OWN_METRICS = tuple(name for name in METRICS if name not in PYIQA_NAMES)
-"""Those that need nothing installed besides."""
+"""Metrics that need no extra package."""
 REFERENCE_METRICS = ("psnr_y", "ssim_y", "lpips")
-"""What training and the comparison with the champion report. DISTS is not among them: with VGG16 on the whole
-picture it costs twenty times what LPIPS does."""
+"""Metrics reported during training and compared with the champion. DISTS is not included: with VGG16 on the
+whole picture it costs twenty times as much as LPIPS."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of ours and of bicubic on each picture, and what they look like."""
+    """Scores of a model and of bicubic on each picture, and a grid that shows them."""
 
     rows: list[dict[str, Any]]
-    """A picture a row: key; its scores by name; the same of bicubic as bicubic_*."""
+    """One per picture: its key, its scores by name, and those of bicubic as bicubic_*."""
     grid_u8: np.ndarray
-    """LR | bicubic | ours | HR, a picture a row, uint8 HWC."""
+    """LR | bicubic | ours | HR, one row per picture, uint8 HWC."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -122,12 +122,12 @@ def score(
 
     Args:
         upscale: uint8 (h, w, 3) to uint8 (scale·h, scale·w, 3).
-        rows: With "key", "hr" and "lq" (uint8 HWC); "hr" is None where there is no reference.
+        rows: With "key", "hr" and "lq" (uint8 HWC); "hr" is None if there is no reference.
         scale: HR/LQ ratio.
         lpips: LPIPS-alex, on any device.
         dists: DISTS, on any device, if `metrics` names it.
         crop_border: Pixels cut from every side for PSNR, SSIM and NIQE.
-        metrics: Names in `METRICS`; a picture has those that can be computed of it.
+        metrics: Names in `METRICS`; a picture gets those that can be computed for it.
     """
     table: list[dict[str, Any]] = []
     pictures: list[np.ndarray] = []
@@ -150,12 +150,12 @@ def score(
 
 
 def bicubic(lq_u8: np.ndarray, scale: int) -> np.ndarray:
-    """The baseline: uint8 HWC, `scale` times as large."""
+    """The baseline: uint8 HWC, enlarged by `scale`."""
     return to_u8(upsample(to_tensor(lq_u8[None]), scale))[0]
 
 
 def side_by_side(hr_u8: np.ndarray | None, lq_u8: np.ndarray, sr_u8: np.ndarray) -> np.ndarray:
-    """LR | bicubic | ours | HR, if there is one, at HR's size: the middle GRID_PX of each."""
+    """LR | bicubic | ours | HR, if there is one, at HR size: the middle GRID_PX of each."""
     height, width = sr_u8.shape[:2]
     blocky = cv2.resize(lq_u8, (width, height), interpolation=cv2.INTER_NEAREST)
     panels = [blocky, bicubic(lq_u8, height // len(lq_u8)), sr_u8, *([] if hr_u8 is None else [hr_u8])]
@@ -170,7 +170,7 @@ def stack(rows_u8: list[np.ndarray]) -> np.ndarray:
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> str:
-    """Mean scores of bicubic and of models on the same samples, as lines of text, a model a line by name."""
+    """A text table of mean scores: bicubic, then each model by name, on the same samples."""
     first = next(iter(evaluations.values()))
     shown = {name: metric for name, metric in METRICS.items() if name in first.means}
     width = max(10, *(len(name) + 2 for name in evaluations))

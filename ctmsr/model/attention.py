@@ -1,4 +1,4 @@
-"""Window attention as CTMSR places it: one Swin block between two 1x1 projections, at every U-Net level.
+"""Window attention as used in CTMSR: one Swin block between two 1x1 projections, at every U-Net level.
 
 Module names follow the authors' checkpoint (`swin_layer.blocks.0.attn.qkv.weight`, ...).
 """
@@ -91,7 +91,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
         out = self.proj(out.transpose(1, 2).reshape(-1, win * win, c))
-        # (n, rows, win, columns, win, c) -> (n, c, h, w), channels last in memory, as GPUs like them
+        # (n, rows, win, columns, win, c) -> (n, c, h, w), channels last in memory, which is faster on GPUs
         out = out.reshape(n, rows, columns, win, win, c).transpose(2, 3)
         return out.reshape(n, h, w, c).permute(0, 3, 1, 2)
 

@@ -1,10 +1,10 @@
-"""What a checkpoint holds: a folder of safetensors and JSON, written atomically and verified when read.
+"""The checkpoint format: a folder of safetensors and JSON, written atomically and verified when read.
 
     model.safetensors         EMA weights: what is evaluated and released
-    train_state.safetensors   what resuming needs besides; absent from a released checkpoint
+    train_state.safetensors   what else resuming needs; absent from a released checkpoint
     checkpoint.json           config, meta, and the size and SHA-256 of the files above; written last
 
-Nothing here unpickles: reading a checkpoint from a stranger runs none of their code.
+Nothing is unpickled: reading a checkpoint from an untrusted source runs no code.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ MODEL_FILE = "model.safetensors"
 TRAIN_STATE_FILE = "train_state.safetensors"
 MANIFEST_FILE = "checkpoint.json"
 CURRENT_WEIGHTS = "model."
-"""Prefix of the weights that are trained, beside the EMA, among the tensors of TRAIN_STATE_FILE."""
+"""Prefix of the current weights, as opposed to the EMA, among the tensors of TRAIN_STATE_FILE."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Manifest:
     config: dict[str, Any]
     """The run's resolved config; `config["network"]` builds the model."""
     meta: dict[str, Any]
-    """Step, metrics and origin, as the writer gave them."""
+    """Step, metrics and origin, as given by the writer."""
     files: dict[str, dict[str, Any]]
     """By file name: `{"bytes": int, "sha256": str}`."""
 
@@ -56,19 +56,19 @@ def save(
     """Writes a checkpoint beside `folder` and renames it into place: it exists complete or not at all.
 
     Args:
-        folder: Where it goes; must not exist, or be an empty folder. Missing parents are made.
+        folder: Where to write it; must not exist or be empty. Missing parents are created.
         model: State dict of a ConsistencyModel, on any device.
         config: Resolved config of the run as JSON types, with a "network" section.
-        meta: Anything JSON holds: step, metrics, commit, data manifest.
+        meta: Anything that JSON can hold: step, metrics, commit, data manifest.
         train_state: Flat tensors for resuming, by name.
 
     Raises:
-        CheckpointError: `folder` already holds something.
-        OSError: The disk refused; nothing is left behind.
+        CheckpointError: `folder` is not empty.
+        OSError: The disk is full or fails; nothing is left behind.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(
-            f"{folder} already exists, and a checkpoint is never overwritten. Name a new folder."
+            f"{folder} already exists, and a checkpoint is never overwritten. Choose a new folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {MODEL_FILE: model} | ({} if train_state is None else {TRAIN_STATE_FILE: train_state})
@@ -88,7 +88,7 @@ def save(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads checkpoint.json and checks every file it lists, size and SHA-256.
+    """Reads checkpoint.json and checks size and SHA-256 of every file it lists.
 
     Raises:
         CheckpointError: There is no checkpoint, or it is incomplete, damaged or of a newer format.
@@ -112,17 +112,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[ConsistencyModel, Manifest]:
-    """Builds the network that the checkpoint's config describes and fills it with the verified weights.
+    """Builds the network that the checkpoint's config describes and loads the verified weights into it.
 
     Args:
         folder: A checkpoint folder.
-        device: Where the model goes.
+        device: Where to put the model.
 
     Returns:
         The model in eval mode, and the manifest.
 
     Raises:
-        CheckpointError: As `read_manifest`; or the config does not load, or the weights do not fit it.
+        CheckpointError: As `read_manifest`; or the config does not load, or the weights do not match it.
     """
     manifest = read_manifest(folder)
     try:
@@ -132,7 +132,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Consis
             f"checkpoint {folder} has a config this version does not accept: {error}"
         ) from error
     model = ConsistencyModel(config)
-    # A released checkpoint may hold its weights in half precision, to be half as large.
+    # A released checkpoint may store its weights in half precision, to save space.
     expected = model.state_dict()
     weights = {
         name: tensor.to(expected[name].dtype)
@@ -151,7 +151,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Consis
 
 
 def load_train_state(folder: Path) -> dict[str, Tensor]:
-    """The verified tensors that `save` got as `train_state`, on the CPU.
+    """The verified tensors that were passed to `save` as `train_state`, on the CPU.
 
     Raises:
         CheckpointError: As `read_manifest`; or the checkpoint was released without a training state.
@@ -165,7 +165,7 @@ def load_train_state(folder: Path) -> dict[str, Tensor]:
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Where two state dicts differ in names, shapes or dtypes, in words, in a stable order."""
+    """Descriptions of where two state dicts differ in names, shapes or dtypes, in a stable order."""
     missing = [f"{name} is missing" for name in expected if name not in found]
     extra = [f"{name} is not in the network" for name in sorted(found) if name not in expected]
     common = [(name, found[name], tensor) for name, tensor in expected.items() if name in found]
@@ -188,11 +188,11 @@ def _parse_manifest(folder: Path) -> Manifest:
         version = int(data["format_version"])
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"checkpoint {folder} has format version {version}, this program reads up to "
+                f"checkpoint {folder} has format version {version}, but this program reads up to "
                 f"{FORMAT_VERSION}. Update the program."
             )
         config = dict(data["config"])
-        # What checkpoints from before there were two versions of the noise mean.
+        # Checkpoints from before there were two versions of the noise mean version 1.
         config["inference"] = {"noise_version": 1} | config.get("inference", {})
         manifest = Manifest(config=config, meta=dict(data["meta"]), files=dict(data["files"]))
         if "network" not in manifest.config:
@@ -233,13 +233,13 @@ def _sha256(path: Path) -> str:
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as error:  # what the library makes of a full disk
+    except SafetensorError as error:  # raised by the library on a full disk
         raise OSError(str(error)) from error
     _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

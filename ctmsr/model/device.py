@@ -1,4 +1,4 @@
-"""What a GPU needs to be told, and ways to it that do not make the host wait."""
+"""Settings of a GPU, and transfers to it that do not make the host wait."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
@@ -11,18 +11,18 @@ DataclassT = TypeVar("DataclassT", bound=Any)
 
 
 def use_fast_math() -> None:
-    """Lets a GPU round the factors of float32 matrix products to TF32 (10 bits); the sums stay float32.
+    """Lets GPUs round the factors of float32 matrix products to TF32 (10 bits); sums stay float32.
 
-    For the whole process; call it once, before the first step or picture. torch does so in convolutions
-    unasked. Without effect on CPUs and on what is bfloat16 anyway.
+    Applies to the whole process; call it once, before the first step or picture. In convolutions, torch does
+    this by default. Has no effect on CPUs or on bfloat16.
     """
     torch.set_float32_matmul_precision("high")
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, in the order of the current stream: the host does not wait for it.
+    """Copies a CPU tensor to `device` in stream order, without making the host wait.
 
-    From ordinary memory a copy to a GPU waits until the GPU has done all that was asked of it before.
+    A copy from pageable memory would wait until the GPU has finished all earlier work.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -30,11 +30,11 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 def prefetch(batches: Iterable[DataclassT], device: torch.device) -> Iterator[DataclassT]:
     """The same batches with their tensors on `device`.
 
-    To a GPU they travel in a stream of their own, while the step before is computed: the host asks for the
-    next batch as soon as it has asked for that step. On a CPU nothing is done.
+    To a GPU they are copied in a separate stream while the previous step is computed: the host requests the
+    next batch right after it has launched a step. On a CPU this does nothing.
 
     Args:
-        batches: Dataclasses that hold CPU tensors in their fields.
+        batches: Dataclasses with CPU tensors in their fields.
         device: Where the steps are computed.
     """
     if device.type != "cuda":
@@ -52,5 +52,5 @@ def prefetch(batches: Iterable[DataclassT], device: torch.device) -> Iterator[Da
         now = torch.cuda.current_stream(device)
         now.wait_stream(beside)
         for tensor in tensors.values():
-            tensor.record_stream(now)  # or its memory would be free for the next batch too early
+            tensor.record_stream(now)  # or its memory would be reused too early
         yield replace(batch, **tensors)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..config import check
 from ..image import to_tensor, to_u8, upsample
-from .network import ConsistencyModel
+from .device import use_fast_math
+from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise
 
 logger = logging.getLogger(__name__)
@@ -20,20 +21,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """How a picture is upscaled. By default it is the network's own pixels, as in the published inference."""
+    """How a picture is upscaled. By default the result is the network's own pixels, as published."""
 
     tile: int = 256
-    """Largest side given to the network, in LQ pixels; the published network takes about 3 GB for 256."""
+    """Largest side passed to the network, in LQ pixels; the published network needs about 3 GB for 256."""
     overlap: int = 64
-    """Least overlap of neighbouring tiles, in LQ pixels."""
+    """Minimum overlap of neighbouring tiles, in LQ pixels."""
     colour_hold_px: float = 0.0
-    """Above 0: structures wider than a Gaussian of this deviation, in LQ pixels, keep the input's colour."""
+    """If above 0, structures wider than a Gaussian of this deviation, in LQ px, keep the input's colour."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the network's arithmetic: bf16 is faster on GPUs, and moves pixels by about one level of 255."""
+    """Precision of the network: bf16 is faster on GPUs and changes pixels by about one level of 255."""
     batch_tiles: int = 1
-    """Tiles of one network call; more is faster on a GPU that a single tile does not fill."""
+    """Tiles per network call; more is faster on a GPU that a single tile does not fill."""
     noise_version: NoiseVersion = 2
-    """Of the noise that a seed means; models of before 0.2 were released with 1."""
+    """Which noise a seed stands for; models released before 0.2 have version 1."""
 
     def __post_init__(self) -> None:
         check(
@@ -41,6 +42,22 @@ class InferenceConfig:
             f"inference.colour_hold_px must be in [0, 64], got {self.colour_hold_px}.",
         )
         check(self.batch_tiles >= 1, f"inference.batch_tiles must be at least 1, got {self.batch_tiles}.")
+
+
+def for_inference(
+    model: ConsistencyModel, device: str | torch.device, config: InferenceConfig
+) -> ConsistencyModel:
+    """The model in eval mode on `device`, in the form that `upscale` is fastest with.
+
+    On a GPU its convolutions are channels last, its weights of `config.precision`, and this process computes
+    float32 products in TF32. Elsewhere it is the same model.
+    """
+    model = model.eval().to(device)
+    if torch.device(device).type != "cuda":
+        return model
+    use_fast_math()
+    model = bf16_copy(model) if config.precision == "bf16" else model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 @torch.inference_mode()
@@ -55,20 +72,19 @@ def upscale(
     """f(lq_up + sigma_max · eps, sigma_max, lq): one network call a tile (arXiv:2503.20349).
 
     The picture is reflect-padded at the bottom and right to a multiple of `model.config.multiple`. Noise and
-    `lq_up` belong to the picture, not to the tile, so where tiles overlap they differ only by the network's
-    view. The published inference averages overlaps evenly; here they are cross-faded, which leaves no step
-    where a tile begins.
+    `lq_up` belong to the picture, not to the tile, so overlapping tiles differ only in the context that the
+    network sees. The published inference averages overlaps evenly; here they are cross-faded, which leaves no
+    step at the edge of a tile.
 
-    Where a GPU's memory does not suffice, it is tried again with half the tiles a call, at last with smaller
-    tiles, and a warning says which setting would have done.
+    If a GPU runs out of memory, this retries with half the tiles per call, finally with smaller tiles, and
+    logs which settings fit.
 
     Args:
-        model: In eval mode; the work is done on the device of its parameters. For many pictures on a GPU:
-            `bf16_copy(model).to(memory_format=torch.channels_last)`.
-        lq_u8: uint8 (h, w, 3), RGB, sides from 1 up.
-        sigma_max: Noise level of the trajectory's LR end that the model was trained with.
-        seed: Picks the noise; the same seed gives the same picture.
-        config: Tiles, rounded down to the network's multiple, and colour.
+        model: In eval mode, on the device to compute on. From `for_inference` it is fastest.
+        lq_u8: uint8 (h, w, 3), RGB, with sides of at least 1.
+        sigma_max: Noise level at the LR end of the trajectory that the model was trained with.
+        seed: Selects the noise; the same seed gives the same picture.
+        config: Tile size, rounded down to the network's multiple, and the other settings.
 
     Returns:
         uint8 (scale·h, scale·w, 3).
@@ -76,13 +92,13 @@ def upscale(
     Raises:
         ValueError: The array is not such a picture, or `model` is in training mode.
         ConfigError: The tile does not exceed the overlap by the network's multiple.
-        OutOfMemoryError: One smallest tile is too much for the GPU.
+        OutOfMemoryError: The GPU cannot hold even one tile of the smallest size.
     """
     if lq_u8.dtype != np.uint8 or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
         raise ValueError(f"lq_u8 must be uint8 of shape (h, w, 3), got {lq_u8.dtype} {lq_u8.shape}.")
     if model.training:
         raise ValueError(
-            "the model is in training mode, its dropout would change the picture. Call model.eval()."
+            "the model is in training mode, so dropout would change the picture. Call model.eval()."
         )
     fitting = config
     while True:
@@ -93,11 +109,11 @@ def upscale(
             smaller = _smaller(fitting, model.config.multiple, max(lq_u8.shape))
             if smaller is None:
                 raise
-        fitting = smaller  # out of the handler, whose traceback holds on to the memory
+        fitting = smaller  # outside the handler, whose traceback keeps the memory allocated
     if fitting != config:
         logger.warning(
-            "the GPU's memory did not suffice for inference.tile=%d, inference.batch_tiles=%d; it did for "
-            "inference.tile=%d, inference.batch_tiles=%d. Set these to save the attempts.",
+            "the GPU ran out of memory with inference.tile=%d, inference.batch_tiles=%d, but not with "
+            "inference.tile=%d, inference.batch_tiles=%d. Set these to avoid the retries.",
             *(config.tile, config.batch_tiles, fitting.tile, fitting.batch_tiles),
         )
     sr_u8: np.ndarray = to_u8(sr[None])[0]
@@ -107,7 +123,7 @@ def upscale(
 def _upscaled(
     model: ConsistencyModel, lq_u8: np.ndarray, sigma_max: float, seed: int, config: InferenceConfig
 ) -> Tensor:
-    """(3, scale·h, scale·w) in about [-1, 1], on the model's device."""
+    """(3, scale·h, scale·w), roughly in [-1, 1], on the model's device."""
     scale, multiple = model.config.scale, model.config.multiple
     weights = next(model.parameters())
     device = weights.device
@@ -153,7 +169,7 @@ def _noisy(
 
 
 def _smaller(config: InferenceConfig, multiple: int, side: int) -> InferenceConfig | None:
-    """The next to try for a picture of `side` where memory did not suffice; None if there is none."""
+    """The settings to try next after running out of memory; None if there are none."""
     if config.batch_tiles > 1:
         return replace(config, batch_tiles=config.batch_tiles // 2)
     tile = min(config.tile, side + -side % multiple)
@@ -168,8 +184,8 @@ def tile_spans(side: int, *, tile: int, overlap: int, multiple: int) -> list[tup
     Args:
         side: Padded side of the picture, a multiple of `multiple`.
         tile: Largest tile, rounded down to a multiple.
-        overlap: Least overlap of neighbours.
-        multiple: What the network's sides must be a multiple of.
+        overlap: Minimum overlap of neighbours.
+        multiple: The network's sides must be multiples of this.
 
     Raises:
         ConfigError: `tile` does not exceed `overlap` by `multiple`.
@@ -188,9 +204,9 @@ def tile_spans(side: int, *, tile: int, overlap: int, multiple: int) -> list[tup
 
 
 def _cross_fade(canvas: Tensor, piece: Tensor, start: int, overlap: int, *, axis: int) -> None:
-    """Writes `piece` into `canvas` from `start` along `axis`, fading over within the first `overlap`.
+    """Writes `piece` into `canvas` at `start` along `axis`, cross-fading over the first `overlap` elements.
 
-    Where both agree the result is exactly what both say: lerp adds a multiple of their difference.
+    Where both agree, the result is exact: lerp adds a multiple of their difference.
     """
     overlap = overlap if start else 0
     weight = (torch.arange(overlap, device=canvas.device) + 0.5) / max(1, overlap)

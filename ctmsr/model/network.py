@@ -6,7 +6,6 @@ published weights load entry by entry. The blocks are DDPM++ (EDM) residual bloc
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +34,7 @@ class NetworkConfig:
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     """Channels of each level as a multiple of model_channels; each level halves the side."""
     num_blocks: int = 4
-    """Residual blocks a level going down; one more going up."""
+    """Residual blocks per level of the encoder; the decoder has one more."""
     embed_dim: int = 192
     """Width of the window attention; a multiple of 32."""
     num_heads: int = 6
@@ -50,7 +49,7 @@ class NetworkConfig:
             check(getattr(self, name) >= 1, f"network.{name} must be at least 1, got {getattr(self, name)}.")
         check(
             bool(self.channel_mult) and min(self.channel_mult) >= 1,
-            f"network.channel_mult must hold whole numbers from 1 up, got {self.channel_mult}.",
+            f"network.channel_mult must be whole numbers of at least 1, got {self.channel_mult}.",
         )
         check(
             self.model_channels % 16 == 0,
@@ -88,9 +87,6 @@ class ConsistencyModel(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.config = config
-        self.bf16 = False
-        """Whether F computes in bfloat16 where that is safe (autocast); weights and results stay float32.
-        `bf16_copy` does the same faster, where the weights are used more often than they change."""
         self.model = UNet(config)
 
     def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
@@ -105,25 +101,23 @@ class ConsistencyModel(nn.Module):
             float32 images of x's shape. At sigma = 0 exactly x.
         """
         c_skip, c_out, c_noise = preconditioning(sigma.to(x.device, torch.float32).reshape(-1).expand(len(x)))
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            raw = self.model(x, c_noise, lq)
+        raw = self.model(x, c_noise, lq)
         return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
 
 
 def bf16_copy(model: ConsistencyModel) -> ConsistencyModel:
-    """A copy that computes F in bfloat16 throughout, on parameters that are bfloat16: nothing is cast.
+    """A copy whose parameters are bfloat16 and which computes F in bfloat16, without casts.
 
-    Norms take their statistics in float32. What goes in and comes out of it is float32, as of the model.
+    Norms compute their statistics in float32. Inputs and outputs are float32, like the model's.
     """
     result = copy.deepcopy(model)
-    result.bf16 = False
     for parameter in result.parameters():
         parameter.data = parameter.data.bfloat16()
     return result
 
 
 class UNet(nn.Module):
-    """F: a U-Net at LR resolution; x enters by pixel-unshuffle and leaves through nearest upsampling."""
+    """F: a U-Net at LR resolution; x enters by pixel-unshuffle, and nearest upsampling restores its size."""
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -132,7 +126,7 @@ class UNet(nn.Module):
         emb_channels = 4 * width
         self.scale = c.scale
         self.recompute = False
-        """Whether the backward pass computes blocks again instead of keeping their activations."""
+        """Whether the backward pass recomputes blocks instead of keeping their activations."""
         self.map_layer0 = nn.Linear(width, emb_channels)
         self.map_layer1 = nn.Linear(emb_channels, emb_channels)
         self.up_factors = {2: (2,), 3: (3,), 4: (2, 2)}[c.scale]
@@ -216,7 +210,7 @@ class UNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """DDPM++ block: twice [norm, SiLU, conv], the embedding between; + skip, x sqrt(1/2), then attention."""
+    """DDPM++ block: twice [norm, SiLU, conv] with the embedding between; + skip, x sqrt(1/2), attention."""
 
     def __init__(
         self,
@@ -254,14 +248,14 @@ class ResidualBlock(nn.Module):
 
 
 class ResampledConv(nn.Conv2d):
-    """A convolution behind an optional 2x resampling: up is nearest, down the mean of 2x2."""
+    """A convolution after optional 2x resampling: up by nearest, down by the mean of 2x2."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, resample: Literal["up", "down"] | None
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.resample = resample
-        if resample:  # a constant of the published layout; the pooling below is what it means
+        if resample:  # part of the published layout; `forward` pools instead
             self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25, dtype=torch.float16))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,7 +268,7 @@ class ResampledConv(nn.Conv2d):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """The published min(32, C/4) groups where they divide C, else the most that divide both."""
+    """The published min(32, C/4) groups or, if they do not divide C, the most that divide both."""
     return nn.GroupNorm(math.gcd(min(32, channels // 4), channels), channels, eps=1e-6)
 
 

@@ -1,9 +1,9 @@
-"""Standard normal noise as a function of (seed, position): any part of it, in one call, on any device.
+"""Standard normal noise as a function of (seed, position): any part of it in one call, on any device.
 
-Version 2 is SplitMix64 (Steele, Lea and Flood 2014) read at its counter instead of in order, and Box and
-Muller's transform. Its integers are equal on CPUs and GPUs, and so is the noise, but for the last bits that
-their logarithms and cosines differ in. Version 1, torch's own generators, one after the other, differs
-between devices; runs and models that began with it go on with it.
+Version 2 is SplitMix64 (Steele, Lea and Flood 2014), indexed by counter instead of read in order, and the
+Box-Muller transform. Its integers are the same on CPUs and GPUs; the noise differs only in the last bits of
+logarithms and cosines. Version 1, torch's own generators, differs between devices; runs and models that
+began with it keep it.
 """
 
 import math
@@ -19,19 +19,19 @@ from .device import upload
 NoiseVersion = Literal[1, 2]
 
 _BLOCK_PX = 256
-"""Of version 1, part of what a seed means there: another value is another noise field."""
+"""Block size of version 1; changing it would change the noise of every seed."""
 
 
 def normal(
     seeds: Sequence[int], shape: tuple[int, ...], device: torch.device, version: NoiseVersion = 2
 ) -> Tensor:
-    """Standard normal noise of `shape` for every seed: what one gets does not depend on the others.
+    """Standard normal noise of `shape` for every seed, each independent of the other seeds.
 
     Args:
         seeds: Each in [0, 2^63).
-        shape: Of one seed's noise; an even number of elements.
-        device: Where it is made.
-        version: Of the generator.
+        shape: Shape of one seed's noise; the number of elements must be even.
+        device: Where to generate it.
+        version: Version of the generator.
 
     Returns:
         float32 (number of seeds, *shape).
@@ -51,14 +51,14 @@ def normal(
 def position_noise(
     seed: int, rows: slice, columns: slice, device: torch.device | None = None, version: NoiseVersion = 2
 ) -> Tensor:
-    """Standard normal noise that depends on the seed and the position alone, not on how a picture is cut.
+    """Standard normal noise that depends only on seed and position, not on how a picture is tiled.
 
     Args:
         seed: The picture's seed.
         rows: First and past-the-end row in HR pixels, below 2^28.
         columns: First and past-the-end column in HR pixels, below 2^28.
-        device: Where it is made; the CPU by default.
-        version: Of the generator.
+        device: Where to generate it; the CPU by default.
+        version: Version of the generator.
 
     Returns:
         float32 (3, rows, columns).
@@ -68,13 +68,13 @@ def position_noise(
     first, last = columns.start // 2, -(-columns.stop // 2)  # two neighbours share a counter
     channel = torch.arange(3, device=device)[:, None, None] << 56
     row = torch.arange(rows.start, rows.stop, device=device)[:, None] << 28
-    seeds = torch.full((1,), seed, device=device)  # made there: a copy of a number would make the host wait
+    seeds = torch.full((1,), seed, device=device)  # on the device: copying a number would make the host wait
     noise = _pairs(seeds, channel + row + torch.arange(first, last, device=device)).flatten(2)
     return noise[:, :, columns.start - 2 * first : columns.stop - 2 * first]
 
 
 def _pairs(seeds: Tensor, counters: Tensor) -> Tensor:
-    """Two independent standard normal numbers for every seed and counter, in a last dimension."""
+    """Two independent standard normal numbers per seed and counter, in the last dimension."""
     keys = _mix(seeds + _signed(0x9E3779B97F4A7C15))
     bits = _mix(keys + (counters + 1) * _signed(0x9E3779B97F4A7C15))
     first, second = _shifted(bits, 32), bits & 0xFFFFFFFF
@@ -84,19 +84,19 @@ def _pairs(seeds: Tensor, counters: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """SplitMix64's bijection of 64 bits: every input bit moves half of the output's. int64 wraps around."""
+    """SplitMix64's bijection of 64 bits: every input bit affects half of the output bits. int64 wraps."""
     bits = (bits ^ _shifted(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
     bits = (bits ^ _shifted(bits, 27)) * _signed(0x94D049BB133111EB)
     return bits ^ _shifted(bits, 31)
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
-    """To the right as if unsigned; torch's own shift repeats the sign."""
+    """Logical right shift; torch's own is arithmetic."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
 
 
 def _signed(constant: int) -> int:
-    return constant - (1 << 64)  # of 64 bits, the first of them set
+    return constant - (1 << 64)  # the constants have 64 bits, the first of them set
 
 
 def _position_noise_1(seed: int, rows: slice, columns: slice) -> Tensor:

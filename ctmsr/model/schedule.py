@@ -13,7 +13,7 @@ class ScheduleConfig:
     """The PF-ODE's discretisation: what a noise-schedule search varies. Defaults are the published run's."""
 
     sigma_max: float = 1.0
-    """Noise level at the LR end, in units of the [-1, 1] image range; more invents more detail."""
+    """Noise level at the LR end, in units of the [-1, 1] image range; higher invents more detail."""
     noise_rho: float = 1.0
     """Spacing exponent of the noise levels; 1 is even, larger crowds the HR end."""
     res_rho: float = 1.0
@@ -62,7 +62,7 @@ def trajectory_levels(config: ScheduleConfig, num_steps: int) -> tuple[Tensor, T
 def curriculum_steps(config: ScheduleConfig, global_step: int, total_steps: int) -> int:
     """Number of trajectory steps N at optimizer step `global_step` of `total_steps`.
 
-    From s0 to s1 by one, in equal stretches of the whole run (CT and DTM together).
+    Moves from s0 to s1 one by one, in equal parts of the whole run (CT and DTM together).
     """
     stretch = max(1, total_steps // (abs(config.s0 - config.s1) + 1))
     moved = min(global_step // stretch, abs(config.s0 - config.s1))

@@ -1,6 +1,6 @@
 """The objectives: consistency training (CT), trajectory alignment, distribution trajectory matching (DTM).
 
-Pure functions of pictures and a perceptual distance; what is drawn at random is drawn in `objective`.
+Pure functions of pictures and a perceptual distance; all random draws are made in `objective`.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..config import check
 from ..model.trajectory import trajectory_point
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""A perceptual distance of two image batches (N, 3, H, W) in [-1, 1] -> (N,): LPIPS-vgg in training."""
+"""A perceptual distance between two image batches (N, 3, H, W) in [-1, 1] -> (N,): LPIPS-vgg in training."""
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """f(x, sigma, lq) -> images of x's shape."""
 
@@ -29,19 +29,19 @@ class LossConfig:
     charbonnier_weight: float = 0.5
     """Weight of the Charbonnier distance in CT; more favours fidelity (PSNR)."""
     lpips_net: Literal["vgg", "alex"] = "vgg"
-    """Network of LPIPS in training; alex is far cheaper than vgg, and what the scores are measured with."""
+    """Network of LPIPS in training; alex is far cheaper than vgg, and is the network of the LPIPS score."""
     lpips_crop: float = 1.0
     """Side of the crop that LPIPS compares, as a share of the picture's; 0.5 costs a quarter, 1 is all."""
     lpips_zoom: float = 1.0
-    """Factor up to which the crop for LPIPS is shrunk or enlarged at random; 1 leaves its pixels alone."""
+    """Largest factor by which the crop for LPIPS is shrunk or enlarged at random; 1 keeps its pixels."""
     hr_target_until: float = 0.0
-    """Share of the run in which CT's target is the HR picture at every step; 1 is regression, without CT."""
+    """Share of the run during which CT's target is the HR picture at every step; 1 is pure regression."""
     steps: Literal["all", "last"] = "all"
-    """Steps of the trajectory to train; last is that of inference alone, and needs hr_target_until=1."""
+    """Steps of the trajectory to train; last is only the step of inference, and needs hr_target_until=1."""
     step_per_image: bool = False
-    """Whether every image draws a step of its own, instead of one for the whole batch."""
+    """Whether every image draws its own step, instead of one for the whole batch."""
     alignment_weight: float = 0.0
-    """Weight of the trajectory alignment, times those of LPIPS and Charbonnier; GTASR's is 1."""
+    """Weight of trajectory alignment, times those of LPIPS and Charbonnier; GTASR's is 1."""
     dtm_weight: float = 1.6
     """Weight of DTM beside CT in phase 2, times lpips_weight; more favours realism."""
     dtm_t_min: float = 0.1
@@ -61,7 +61,7 @@ class LossConfig:
         )
         check(
             self.steps == "all" or self.hr_target_until == 1,
-            "loss.steps=last takes the HR picture as its target, as no other step is trained: set "
+            "with loss.steps=last the target must be the HR picture, as no other step is trained: set "
             f"loss.hr_target_until=1 as well, got {self.hr_target_until}.",
         )
         check(
@@ -107,16 +107,16 @@ def alignment_loss(
 ) -> Tensor:
     """L_TA = 0.5 (N - 1) [0.5 LPIPS(z_t, x_t) + 0.5 Charbonnier(z_t, x_t)], GTASR, arXiv:2602.24240.
 
-    Compares the trajectory that starts at the prediction o = sr with that of the HR image, at one t and with
-    one noise for both: z_t - x_t = (1 - alpha_t)(o - x_0). GTASR sums over t = 1 ... N-1; here the caller
-    draws one of them, uniformly, and N - 1 keeps the expectation. The weights in the brackets are those of
-    CT. No network is called, and the gradient reaches `sr` alone.
+    Compares the trajectory that starts at the prediction o = sr with that of the HR image, at the same t and
+    with the same noise: z_t - x_t = (1 - alpha_t)(o - x_0). GTASR sums over t = 1 ... N-1; here the caller
+    draws one t uniformly, and the factor N - 1 keeps the expectation. The weights in the brackets are those
+    of CT. No network is called, and only `sr` receives a gradient.
 
     Args:
         sr: o, the CT prediction, (N, 3, H, W), with gradient.
         hr: x_0, same shape.
         lq_up: y_0, the LR images at HR size.
-        noise: Standard normal, same shape, another draw than CT's.
+        noise: Standard normal, same shape, independent of CT's.
         alpha: Residual weight of t, (N,).
         sigma: Noise level of t, (N,).
         num_steps: N, the length of the trajectory, at least 2.
@@ -165,7 +165,7 @@ def dtm_loss(
     """L_DTM = 0.5 · 1.6 · mean of w · LPIPS(o, stopgrad(o) - d), arXiv:2503.20349.
 
     With o = sr, d = stopgrad(g(z_m) - g(x_m)) and w = 1 / mean |o - x_0| per image: the gradient moves o
-    along -d, score distillation by the network's own trajectory.
+    along -d, which is score distillation along the network's own trajectory.
 
     Args:
         sr: o, the CT prediction, (N, 3, H, W), with gradient.

@@ -1,4 +1,4 @@
-"""The losses of one batch at one step, with gradient: what the optimizer update minimises.
+"""The losses of one batch at one step, with gradient: what an update minimises.
 
 Every random number is a function of the run seed and the global step or sample index, never of the number of
 workers: n workers on n parts of a batch compute what one worker computes on the whole of it.
@@ -31,22 +31,22 @@ from .state import OptimConfig, TrainState
 
 @dataclass
 class Batch:
-    """What one worker consumes in one step, as it comes from the data stream, already on the device."""
+    """One worker's images for one step, on the device."""
 
     hr_u8: Tensor
     """uint8 (N, H, W, 3)."""
     lq_u8: Tensor
     """uint8 (N, H/scale, W/scale, 3)."""
     samples: list[int]
-    """Global sample indices: they seed the noise."""
+    """Global sample indices, which seed the noise."""
     keys: list[str]
     """Image keys, for messages."""
     share: float = 1.0
-    """Weight of these images' mean loss, such that the mean over all workers is that over the global batch:
-    1 where all workers have equally many, less for one that lacks some."""
+    """Weight of these images' mean loss that makes the mean over all workers equal the mean over the global
+    batch: 1 if all workers have equally many images, less for a worker with fewer."""
 
     def parts(self, size: int) -> "list[Batch]":
-        """Consecutive parts of at most `size` images, with the `share` of the whole."""
+        """Consecutive parts of at most `size` images, each with this batch's `share`."""
         return [
             Batch(
                 hr_u8=self.hr_u8[first : first + size],
@@ -61,27 +61,27 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a training run's result depends on, besides its network and its data."""
+    """The settings that a run's result depends on, besides its network and its data."""
 
     seed: int
     optim: OptimConfig
     schedule: ScheduleConfig
     loss: LossConfig
     noise_version: NoiseVersion = 2
-    """Of the generator in `noise`; a run that began with another goes on with it."""
+    """Version of the generator in `noise`; a run keeps the version it began with."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Those of a batch's images, from x_0 = hr at t = 0 to the noisy y_0 = lq_up at t = N."""
+    """Trajectories of a batch's images, from x_0 = hr at t = 0 to the noisy y_0 = lq_up at t = N."""
 
     hr: Tensor
-    """(N, 3, H, W) in [-1, 1], as `lq_up`."""
+    """(N, 3, H, W) in [-1, 1], like `lq_up`."""
     lq: Tensor
     """(N, 3, H/scale, W/scale)."""
     lq_up: Tensor
     alphas: Tensor
-    """Residual weights at t = 0 ... N, on the CPU, as `sigmas`."""
+    """Residual weights at t = 0 ... N, on the CPU, like `sigmas`."""
     sigmas: Tensor
 
     def levels(self, t: list[int]) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,9 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
     """The losses of one batch at the state's step, with gradient.
 
     Returns:
-        Scalars `lpips`, `charbonnier` and `ct_loss`; `alignment_loss` if it has a weight and the trajectory
-        an inner point; `dtm_loss` in the second phase; `loss`, the sum of these three, which is minimised.
+        Scalars `lpips`, `charbonnier` and `ct_loss`; `alignment_loss` if its weight is not 0 and the
+        trajectory has an inner point; `dtm_loss` in the second phase; and `loss`, the sum of the three
+        objectives, which is minimised.
 
     Raises:
         ConfigError: loss.lpips_crop or DTM's range is too small for these images or this trajectory.
@@ -111,7 +112,7 @@ def compute_losses(state: TrainState, batch: Batch, recipe: Recipe, lpips: Dista
     )
     pred, target = _pair(state, batch, recipe, paths)
     crops = cropped(lpips, config, seed=recipe.seed, samples=batch.samples, hr_size=hr.shape[-1])
-    # DTM compares the same prediction again, but not the same crop: that would have no features to share.
+    # DTM compares the same prediction again: without crops, its features are computed only once.
     of_pred = crops.anchored(pred) if isinstance(crops, Lpips) and state.dtm_model is not None else crops
 
     losses = consistency_loss(pred, target, of_pred, config)
@@ -134,7 +135,7 @@ def _pair(state: TrainState, batch: Batch, recipe: Recipe, paths: Trajectories) 
     following = [t + 1 for t in n]
     noise = sample_noise(batch, recipe.seed, "ct", recipe.noise_version)
     # The target draws the same dropout mask as the prediction (Song & Dhariwal 2023, arXiv:2310.14189);
-    # the published run drew two. The first sample sets it, so that no two workers share a mask.
+    # the published run drew two. The first sample seeds it, so that no two workers share a mask.
     mask_seed = sample_seed(recipe.seed, "dropout", step, batch.samples[0])
     if step < config.hr_target_until * recipe.optim.total_steps or not any(n):
         target = paths.hr  # f(x, 0, y) = x, for the images with n = 0 in a mixed batch too
@@ -148,7 +149,7 @@ def _pair(state: TrainState, batch: Batch, recipe: Recipe, paths: Trajectories) 
 
 
 def _drawn(recipe: Recipe, purpose: str, step: int, batch: Batch, num: int) -> list[int]:
-    """A number in [0, num) for every image: one for the whole global batch, or each its own."""
+    """A number in [0, num) for every image: the same for the whole global batch, or one per image."""
     if recipe.loss.step_per_image:
         return [sample_seed(recipe.seed, purpose, k) % num for k in batch.samples]
     return [sample_seed(recipe.seed, purpose, step) % num] * len(batch.samples)

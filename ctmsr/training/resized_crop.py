@@ -1,7 +1,7 @@
-"""A random crop of two image batches alike, resized to one size: what LPIPS may look at in training.
+"""The same random crop of two image batches, resized to one size, for LPIPS in training.
 
-pMF (arXiv:2601.22158) compares random resized crops, so that a perceptual network sees no fixed grid. Here a
-crop also makes LPIPS cheaper, by the square of its share of the side.
+pMF (arXiv:2601.22158) compares random resized crops so that the perceptual network sees no fixed grid. A crop
+also makes LPIPS cheaper, by the square of its share of the side.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from ..rng import sample_seed
 from .losses import Distance, LossConfig
 
 _MIN_SIDE_PX = 32
-"""LPIPS halves the side four times, and wants something left."""
+"""LPIPS halves the side four times and needs pixels left."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Box:
 
 
 def lpips_size(config: LossConfig, hr_size: int) -> int:
-    """Side, in pixels, of what LPIPS compares of a picture of side `hr_size`.
+    """Side in pixels of the crop that LPIPS compares, for pictures of side `hr_size`.
 
     Raises:
-        ConfigError: It is below what LPIPS can take.
+        ConfigError: It is too small for LPIPS.
     """
     size = round(config.lpips_crop * hr_size)
     check(
@@ -44,17 +44,17 @@ def lpips_size(config: LossConfig, hr_size: int) -> int:
 
 
 def cropped(lpips: Distance, config: LossConfig, *, seed: int, samples: list[int], hr_size: int) -> Distance:
-    """`lpips` of one random crop a sample, the same of both pictures in every comparison; itself at crop 1.
+    """`lpips` on one random crop per sample, the same in both pictures; `lpips` itself if nothing is cropped.
 
     Args:
         lpips: Perceptual distance of two image batches.
         config: Size and zoom of the crops.
         seed: Seed of the run.
-        samples: Global sample index of each image: with `seed`, what its crop depends on.
+        samples: Global sample index of each image, which determines its crop together with `seed`.
         hr_size: The pictures' side in pixels.
 
     Raises:
-        ConfigError: The crop is too small, see `lpips_size`.
+        ConfigError: The crop is too small; see `lpips_size`.
     """
     if config.lpips_crop == 1 and config.lpips_zoom == 1:
         return lpips
@@ -76,9 +76,9 @@ def random_box(rng: np.random.Generator, picture: int, size: int, zoom: float) -
     """A box whose side is `size` times a factor of up to `zoom` either way, uniform in its logarithm.
 
     Args:
-        rng: Source of side and place.
+        rng: Source of side and position.
         picture: Side of the square picture that holds it, in pixels; no box is larger.
-        size: Side to which the box is going to be resized, at most `picture`.
+        size: Side that the box will be resized to, at most `picture`.
         zoom: Largest factor, at least 1.
     """
     low, high = size / zoom, min(size * zoom, picture)
@@ -92,9 +92,9 @@ def resized_crop(images: Tensor, boxes: list[Box], size: int) -> Tensor:
 
     Args:
         images: (N, C, H, W).
-        boxes: One an image, inside it.
-        size: Side of the result. A box of this side is taken as it is; another is resized bicubically, with
-            antialiasing where it shrinks.
+        boxes: One per image, inside it.
+        size: Side of the result. A box of this side is copied; others are resized bicubically, with
+            antialiasing when they shrink.
 
     Returns:
         (N, C, size, size).

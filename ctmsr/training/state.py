@@ -1,4 +1,4 @@
-"""All that changes while training, and its way into a checkpoint and back."""
+"""The state that training changes, and its conversion to a checkpoint's tensors and back."""
 
 import copy
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class OptimConfig:
     """Optimisation. Defaults are the published run's: AdamW, lr halved once, no warm-up."""
 
     ct_steps: int = 500_000
-    """Optimizer updates of the first phase, consistency training; 0 for a run of the second alone."""
+    """Optimizer updates of the first phase, consistency training; 0 for a run of the second phase alone."""
     dtm_steps: int = 2_000
     """Optimizer updates of the second phase, CT + DTM."""
     lr: float = 5e-5
@@ -32,7 +32,7 @@ class OptimConfig:
     ema_decay: float = 0.999
     """Decay of the averaged weights, which are evaluated and released."""
     dtm_refresh_steps: int = 1_000
-    """The frozen copy that DTM compares with is renewed this often, in steps."""
+    """Steps between renewals of the frozen copy that DTM compares with."""
 
     def __post_init__(self) -> None:
         check(self.ct_steps >= 0, f"optim.ct_steps must be at least 0, got {self.ct_steps}.")
@@ -56,44 +56,44 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a message about a step needs."""
+    """What an error message about a step needs."""
 
     step: int
     samples: list[int]
     keys: list[str]
     losses: dict[str, Tensor]
-    """Scalars, on the device: reading one waits for it."""
+    """Scalars on the device; reading one makes the host wait."""
 
 
 @dataclass
 class TrainState:
-    """All that changes while training.
+    """Everything that changes during training.
 
-    Either `network` is `model`, or it is a `bf16_copy` of it, which computes the losses and their gradients:
-    `model` then holds the same weights in float32, which the optimizer changes and checkpoints keep.
+    `network`, which computes the losses and their gradients, is either `model` itself or a `bf16_copy` of it.
+    In the latter case `model` holds the same weights in float32, for the optimizer and for checkpoints.
     """
 
     model: ConsistencyModel
     parallel: nn.Module
-    """What computes the prediction: `network`, or the DistributedDataParallel around it."""
+    """Computes the prediction: `network`, or the DistributedDataParallel around it."""
     optimizer: torch.optim.Optimizer
     ema_model: ConsistencyModel
     """The averaged weights as a model."""
     ema_decay: float
     num_averaged: int = 0
-    """Updates that the average has seen; the first replaces it."""
+    """Updates in the average; the first one replaces it."""
     dtm_model: ConsistencyModel | None = None
     """The frozen copy g of the second phase."""
     global_step: int = 0
     """Optimizer updates done."""
     unchecked: list[StepRecord] = field(default_factory=list)
-    """Steps that have not been asked yet whether their gradient was finite."""
+    """Steps whose gradients have not been checked to be finite yet."""
 
     def __post_init__(self) -> None:
         network = getattr(self.parallel, "module", self.parallel)
         assert isinstance(network, ConsistencyModel)
         self.network = network
-        # Listed once: to walk through the modules takes the host milliseconds, at every step.
+        # Listed once: walking through the modules would cost milliseconds per step.
         self._weights, self._copies, self._averages = (
             cast(list[Tensor], list(model.parameters()))
             for model in (self.model, self.network, self.ema_model)
@@ -101,17 +101,17 @@ class TrainState:
 
     @property
     def gradients(self) -> list[Tensor]:
-        """Of `model`'s weights, float32."""
+        """Gradients of `model`'s weights, float32."""
         return [weight.grad for weight in self._weights if weight.grad is not None]
 
     def drop_gradients(self) -> None:
-        """Before the first backward pass of a step."""
+        """Clears all gradients; call it before the first backward pass of a step."""
         for weight in (*self._weights, *self._copies):
             weight.grad = None
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """Adds the gradients of `network` to those of `model`, in float32, and drops them there."""
+        """Moves the gradients of `network` to `model`, adding them in float32."""
         if self.network is self.model:
             return
         found = [copied.grad for copied in self._copies if copied.grad is not None]
@@ -126,7 +126,7 @@ class TrainState:
 
     @torch.no_grad()
     def update(self) -> None:
-        """AdamW, then the average and the working copy of what it made."""
+        """One AdamW step; then updates the average and, if there is one, the bf16 copy."""
         self.optimizer.step()
         if self.num_averaged:
             torch._foreach_lerp_(self._averages, self._weights, 1 - self.ema_decay)
@@ -138,12 +138,12 @@ class TrainState:
 
     @torch.no_grad()
     def refresh_network(self) -> None:
-        """Makes `network` compute with the present weights of `model`."""
+        """Copies the current weights of `model` to `network`."""
         if self.network is not self.model:
             torch._foreach_copy_(self._copies, self._weights)
 
     def refresh_dtm_model(self) -> None:
-        """Makes `dtm_model` a frozen copy of the present weights, without dropout."""
+        """Sets `dtm_model` to a frozen copy of the current weights, without dropout."""
         self.dtm_model = copy.deepcopy(self.network).eval().requires_grad_(False)
 
 
@@ -151,9 +151,9 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
     """A TrainState at step 0.
 
     Args:
-        model: What is trained, in float32.
+        model: The model to train, in float32.
         optim: Optimisation.
-        parallel: What computes, if not `model`: a `bf16_copy` of it, or the DDP wrapper of either.
+        parallel: Computes the prediction, if not `model`: a `bf16_copy` of it, or a DDP wrapper of either.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
@@ -162,7 +162,7 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Everything of `state` but the EMA weights, as the flat tensors that `checkpoint.save` takes."""
+    """All of `state` except the EMA weights, as flat tensors for `checkpoint.save`."""
     tensors = {f"{CURRENT_WEIGHTS}{name}": value for name, value in state.model.state_dict().items()}
     tensors["ema.n_averaged"] = torch.tensor(state.num_averaged)
     if state.dtm_model is not None:
@@ -174,12 +174,12 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def start_from(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:
-    """Weights, EMA and, where there is one, optimizer state of another run's end; steps count from 0.
+    """Starts from the weights, EMA and, if any, optimizer state of another run; steps count from 0.
 
     Args:
         state: Freshly built, with the same network.
         ema: The checkpoint's model.
-        tensors: Of its training state; none of a released checkpoint, whose EMA is then trained on.
+        tensors: Its training state; empty for a released checkpoint, whose EMA weights are then trained.
     """
     state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS) or ema.state_dict())
     state.ema_model.load_state_dict(ema.state_dict())

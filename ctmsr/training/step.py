@@ -18,7 +18,7 @@ from .state import StepRecord, TrainState
 CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 
 _STEPS_UNCHECKED = 16
-"""On a GPU, steps between two checks that gradients were finite."""
+"""Steps between checks for finite gradients on a GPU."""
 
 
 def train_step(
@@ -27,19 +27,19 @@ def train_step(
     """One update of `state` in place: forward, backward, finite check, AdamW, EMA.
 
     Args:
-        state: What is trained; its `global_step` rises by one.
+        state: The state to update; its `global_step` rises by one.
         batch: This worker's part of the global batch.
-        recipe: The run's constants.
+        recipe: The run's settings.
         lpips: LPIPS-vgg.
-        micro_batch_size: Images of one forward and backward pass; the gradients of several are added up
-            before the update. None takes the batch at once.
+        micro_batch_size: Most images per forward and backward pass; gradients accumulate before the update.
+            None processes the batch in one pass.
 
     Returns:
         Means over this worker's images, scalars without gradient: `loss`, `ct_loss`, `lpips`, `charbonnier`,
-        `grad_norm`; then `alignment_loss` and `dtm_loss`, as `compute_losses` says.
+        `grad_norm`, and possibly `alignment_loss` and `dtm_loss`: see `compute_losses`.
 
     Raises:
-        FloatingPointError: As `check_finite`: at once on a CPU, up to 16 steps late on a GPU.
+        FloatingPointError: See `check_finite`; raised at once on a CPU, up to 16 steps late on a GPU.
     """
     step, optim = state.global_step, recipe.optim
     if not state.parallel.training:
@@ -57,8 +57,8 @@ def train_step(
     if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
         check_finite(state)
     else:
-        # A check would make the host wait for the device. Fused AdamW reads this there, and where it is 1
-        # leaves the weights alone: from the first bad gradient on, until `check_finite` raises.
+        # A check would make the host wait for the device. Fused AdamW reads this flag on the device and skips
+        # the update if it is 1: from the first bad gradient on, until `check_finite` raises.
         norms = torch.stack([record.losses["grad_norm"] for record in state.unchecked])
         state.optimizer.found_inf = (~torch.isfinite(norms)).any().float()  # type: ignore[attr-defined]
     state.update()
@@ -66,23 +66,23 @@ def train_step(
 
 
 def compile_step(state: TrainState, lpips: nn.Module, mode: CompileMode = "default") -> None:
-    """Has the network and LPIPS compiled, when they are first called, for the shapes they then meet.
+    """Compiles the network and LPIPS on their first call, for the shapes they get.
 
-    Prediction and target still share their dropout masks: each call draws its masks' seeds anew from the
-    generator that `compute_losses` seeds, also where CUDA graphs replay it.
+    Prediction and target still share their dropout masks: every call draws the seeds of its masks from the
+    generator that `compute_losses` seeds, even when CUDA graphs replay it.
 
     Args:
-        state: Its `network` computes the same as before, but for rounding.
+        state: Its `network` computes the same as before, except for rounding.
         lpips: LPIPS-vgg.
-        mode: As `torch.compile` has it; "reduce-overhead" replays CUDA graphs, which helps where the network
-            is so small that the host does not keep up.
+        mode: A mode of `torch.compile`; "reduce-overhead" replays CUDA graphs, which helps if the network is
+            so small that the host cannot keep up.
     """
     state.network.model.compile(mode=mode, dynamic=False)
     lpips.compile(mode=mode, dynamic=False)
 
 
 def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:
-    """Adds the gradients of a batch's parts, which workers exchange once, with the last of them."""
+    """Accumulates the gradients of a batch's parts; workers exchange them once, with the last part."""
     num_images = sum(len(part.samples) for part in parts)
     means: dict[str, Tensor] = {}
     no_sync = getattr(state.parallel, "no_sync", None)
@@ -101,11 +101,11 @@ def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Dist
 
 
 def check_finite(state: TrainState) -> None:
-    """Asks whether all gradients since the last call were finite; call it before the weights are used.
+    """Checks that all gradients since the last call were finite; call it before using the weights.
 
     Raises:
-        FloatingPointError: One was not, on every worker, as DDP averages it. It names the step, the losses
-            that are to blame, and this worker's samples; the weights are still those before that step.
+        FloatingPointError: One was not. As DDP averages gradients, all workers raise. The message names the
+            step, the losses to blame and this worker's samples; the weights are those before that step.
     """
     records, state.unchecked = state.unchecked, []
     norms = torch.stack([record.losses["grad_norm"] for record in records]).tolist() if records else []

@@ -1,4 +1,4 @@
-"""Options shared by the commands: from a preset, file and `--set` to a RunConfig, and `--dry-run`."""
+"""Options shared by the commands; turns a preset or file and `--set` into a RunConfig."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ..infra.invocation import command_parser
 from ..infra.storage import open_uri, read_bytes
 from .defaults import MODEL_NAME, TRACKING_URI
 
-if TYPE_CHECKING:  # torch, which takes seconds, is imported by what needs a config, and not by --help
+if TYPE_CHECKING:  # imports torch, which takes seconds; --help should not wait for it
     from .run_config import RunConfig
 
 
@@ -44,7 +44,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         help="models:/NAME@ALIAS or models:/NAME/VERSION in the registry, starter, or a checkpoint's URI; "
-        f"default: models:/{MODEL_NAME}@champion, or starter where there is no champion",
+        f"default: models:/{MODEL_NAME}@champion, or starter if there is no champion",
     )
     parser.add_argument(
         "--tracking-uri", default=TRACKING_URI, help="MLflow with the model; default %(default)s"

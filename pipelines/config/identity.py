@@ -9,7 +9,7 @@ from ctmsr.config import flatten, to_dict
 from .run_config import RunConfig
 
 _BEFORE = {"inference.noise_version": 1}
-"""Settings whose default is not what configs from before they existed meant."""
+"""Settings whose default differs from what configs without them meant."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ RUN = Identity(
 
 
 def search_identity(free: Sequence[str]) -> Identity:
-    """The identity of a search, by whose method the keys in `free` do not affect what the trials compute."""
+    """The identity of a search whose method lets the keys in `free` change without affecting its trials."""
     return Identity(
         free=(*_PLACES, *free),
         fixed=("train.global_batch_size", "train.precision", "data.eval_crop_size", "data.eval_draws"),

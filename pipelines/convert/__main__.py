@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"one of source and target must be a .pth file, got {arguments.source} and {arguments.target}."
         )
-    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ..infra.checkpoints import fetched
     from .run import export_pth, import_pth
 

@@ -1,4 +1,4 @@
-"""Between the authors' `.pth` and a checkpoint."""
+"""Converts the authors' `.pth` to a checkpoint and back."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from ..config.run_config import RunConfig
 
 
 def import_pth(source: Path, folder: Path, config: RunConfig) -> None:
-    """Makes a checkpoint of the authors' file: `params_ema` is what is released, `params` goes beside it.
+    """Converts the authors' file: `params_ema` become the EMA weights of a checkpoint, `params` the others.
 
     Raises:
-        CheckpointError: `source` is not a checkpoint of `config.network`, or `folder` holds something.
+        CheckpointError: `source` is not a checkpoint of `config.network`, or `folder` is not empty.
     """
     weights = read_pth(source, ConsistencyModel(config.network).state_dict())
     checkpoint.save(
@@ -29,14 +29,14 @@ def import_pth(source: Path, folder: Path, config: RunConfig) -> None:
 
 
 def export_pth(folder: Path, target: Path) -> None:
-    """Writes a checkpoint as the authors' file; one without a training state gives its EMA weights twice.
+    """Writes a checkpoint in the authors' format; without a training state, its EMA weights serve as both.
 
     Raises:
-        CheckpointError: The checkpoint does not read, or `target` exists.
+        CheckpointError: The checkpoint cannot be read, or `target` exists.
     """
     if target.exists():
         raise CheckpointError(
-            f"{target} already exists, and a checkpoint is never overwritten. Name another."
+            f"{target} already exists, and a checkpoint is never overwritten. Choose another name."
         )
     model, manifest = checkpoint.load_model(folder)
     ema = params = model.state_dict()

@@ -1,4 +1,4 @@
-"""Turns rows of the training stream into batches on the device, minus empty rows and unreadable pictures."""
+"""Turns rows of the training stream into batches, minus empty rows and unreadable pictures."""
 
 import numpy as np
 import torch
@@ -10,17 +10,18 @@ from ctmsr.training.step import Batch
 from .stream import Rows
 
 
-def make_batch(rows: Rows, device: torch.device, *, global_batch_size: int, num_workers: int) -> Batch:
-    """This worker's part of a batch. Empty rows and rows with a problem are dropped, which lowers `share`.
+def make_batch(rows: Rows, *, global_batch_size: int, num_workers: int) -> Batch:
+    """This worker's part of a batch, on the CPU.
 
+    Empty rows and rows with a problem are dropped, which lowers `share`.
     If no row is left, a black picture of zero weight remains, as the worker still has to take part in the
     collective update.
     """
     good = np.flatnonzero((rows["problem"] == "") & (rows["sample"] >= 0))
     kept = good if len(good) else np.arange(1)
     return Batch(
-        hr_u8=torch.tensor(rows["hr"][kept]).to(device, non_blocking=True),
-        lq_u8=torch.tensor(rows["lq"][kept]).to(device, non_blocking=True),
+        hr_u8=torch.tensor(rows["hr"][kept]),
+        lq_u8=torch.tensor(rows["lq"][kept]),
         samples=rows["sample"][kept].tolist(),
         keys=rows["key"][kept].tolist(),
         share=len(good) * num_workers / global_batch_size,

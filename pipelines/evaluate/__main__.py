@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return print_config(config)
     if arguments.also:
         check_pyiqa()
-    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ctmsr.metrics.scoring import table
 
     from ..data.held_out import find_held_out

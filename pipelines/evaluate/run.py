@@ -17,7 +17,7 @@ from ctmsr.metrics.dists import load_dists
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import OWN_METRICS, Evaluation, score
 from ctmsr.model import checkpoint
-from ctmsr.model.inference import upscale
+from ctmsr.model.inference import for_inference, upscale
 from ctmsr.model.network import ConsistencyModel
 
 from ..config.run_config import RunConfig
@@ -70,7 +70,7 @@ def _evaluate_remotely(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = ConsistencyModel(trained.network)
     model.load_state_dict(weights)
-    model.eval().to(device)
+    model = for_inference(model, device, trained.inference)
     return score(
         partial(upscale, model, sigma_max=trained.schedule.sigma_max, config=trained.inference),
         held_out.rows(trained),

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     arguments = build_parser().parse_args(argv)
-    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ..data.pictures import INDEX_SUFFIX
     from ..infra.cluster import ray_cluster
     from ..infra.listing import absolute, iter_images

@@ -23,7 +23,7 @@ from ctmsr.training.state import TrainState, state_tensors
 from .storage import delete_folder, download_folder, list_sizes, open_uri, read_bytes, upload_folder
 
 STARTER = "starter"
-"""In the place of a checkpoint's URI: the model that comes with the package, in pipelines/starter/."""
+"""Accepted instead of a checkpoint's URI: the model included in the package, in pipelines/starter/."""
 
 LPIPS_BY_PICTURE = "lpips_by_picture"
 """In `Stored.meta`: the LPIPS of each picture of data.val_uri, without its name, which would be released."""

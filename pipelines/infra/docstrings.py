@@ -1,4 +1,4 @@
-"""First lines of docstrings, read from the source: importing it, and torch or Ray with it, takes seconds."""
+"""First lines of docstrings, read from source files: importing them would load torch or Ray for seconds."""
 
 import ast
 from pathlib import Path
@@ -10,7 +10,7 @@ def of_module(path: Path) -> str:
 
 
 def of_functions(path: Path) -> dict[str, str]:
-    """The first line of the docstring of each public function of a module, in their order there."""
+    """The first line of the docstring of each public function of a module, in source order."""
     return {
         node.name: _first_line(node)
         for node in _parsed(path).body

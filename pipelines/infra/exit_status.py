@@ -11,7 +11,7 @@ from ctmsr.errors import UserError
 from .invocation import as_typed
 
 READER_GONE = 141  # 128 + SIGPIPE
-"""The status of a program whose output nobody reads any more, as shells have it."""
+"""Exit status when nobody reads the output any more, as shells report it."""
 
 
 def run(main: Callable[[list[str] | None], int]) -> None:
@@ -23,9 +23,8 @@ def run(main: Callable[[list[str] | None], int]) -> None:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python writes what is left at its end
+        # At exit Python flushes stdout once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = READER_GONE
     sys.exit(status)
 
@@ -33,7 +32,7 @@ def run(main: Callable[[list[str] | None], int]) -> None:
 def _status(main: Callable[[list[str] | None], int]) -> int | str | None:
     try:
         return main(None)
-    except SystemExit as ended:  # of argparse
+    except SystemExit as ended:  # raised by argparse
         return ended.code
     except UserError as error:
         print(f"error: {as_typed(str(error))}", file=sys.stderr)
@@ -44,7 +43,7 @@ def _status(main: Callable[[list[str] | None], int]) -> int | str | None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that was closed at its other end, as by `| head`: other pipes break, too."""
+    """Whether stdout is a pipe whose reader is gone, as with `| head`; the broken pipe may be another."""
     output = select.poll()
     output.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def as_typed(text: str) -> str:
-    """`text` with `python -m pipelines.train` as `ctmsr train`, in a process that was started as `ctmsr`."""
+    """`text`, with `python -m pipelines.train` written as `ctmsr train` if the process was started so."""
     return text.replace("python -m pipelines.", "ctmsr ") if Path(sys.argv[0]).stem == "ctmsr" else text
 
 

@@ -1,4 +1,4 @@
-"""What this package says of itself, in a clone, in a job's copy of one and when it is installed."""
+"""Version and licence of this package, whether in a clone, in a job's copy of one or installed."""
 
 import tomllib
 from importlib.metadata import Distribution, distributions
@@ -10,7 +10,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def version() -> str:
-    """As pyproject.toml has it: a clone's own, whatever is installed besides; "unknown" in a job's copy."""
+    """The version in pyproject.toml: in a clone, the clone's own; "unknown" in a job's copy of one."""
     project = _ROOT / "pyproject.toml"
     if project.is_file():
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]

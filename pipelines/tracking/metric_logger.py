@@ -1,4 +1,4 @@
-"""Metrics and pictures of a run, written to MLflow beside the training, however long it is away."""
+"""Writes metrics and pictures of a run to MLflow in the background, and outlasts any outage of the server."""
 
 import itertools
 import threading
@@ -18,7 +18,7 @@ from .runs import connect, first_line
 
 _RETRY_EVERY_S = 2
 _STEPS_AT_ONCE = 40
-"""A request holds at most 1000 points."""
+"""MLflow accepts at most 1000 points per request."""
 _FINAL_ERRORS = {
     "BAD_REQUEST",
     "INVALID_PARAMETER_VALUE",
@@ -27,12 +27,12 @@ _FINAL_ERRORS = {
     "RESOURCE_DOES_NOT_EXIST",
     "UNAUTHENTICATED",
 }
-"""After these, trying again is of no use."""
+"""Errors that a retry cannot fix."""
 
 
 @dataclass(frozen=True)
 class _Write:
-    """Something that MLflow is to take: points of one step, or a picture."""
+    """One pending write: the points of a step, or a picture."""
 
     what: str
     points: tuple[Metric, ...] = ()
@@ -42,12 +42,12 @@ class _Write:
 class MetricLogger:
     """Writes metrics and pictures of one run in a background thread: a call returns at once.
 
-    The thread keeps the order. While the server is away, it goes on trying, for as long as the run lasts, and
-    what waits is held in memory; `unsent` is what a checkpoint should hold of it.
+    Writes keep their order. While the server is down, the thread retries for as long as the run lasts and
+    holds pending writes in memory; `unsent` returns those that a checkpoint should keep.
     """
 
     def __init__(self, tracking_uri: str, run_id: str, unsent: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`unsent` is what an earlier logger of the run had not written."""
+        """`unsent` are the points that an earlier logger of this run did not get to write."""
         self._client = connect(tracking_uri)
         self._run_id = run_id
         self._waiting: deque[_Write] = deque()  # the first is being written
@@ -56,12 +56,12 @@ class MetricLogger:
         self._lost: list[str] = []
         for known in unsent:
             self._submit(_points(known["metrics"], known["step"], known["timestamp"]))
-        # not an executor: the interpreter would wait for its thread, minutes if the server is dead
+        # Not an executor: at exit the interpreter would wait for its thread, minutes if the server is down.
         self._thread = threading.Thread(target=self._write_all, name="mlflow", daemon=True)
         self._thread.start()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queues one point per metric, stamped with the present time."""
+        """Queues one point per metric, with the current time."""
         self._submit(_points(metrics, step, int(time.time() * 1000)))
 
     def image(self, image_u8: np.ndarray, key: str, step: int) -> None:
@@ -70,7 +70,7 @@ class MetricLogger:
         self._submit(_Write(f"picture {key} of step {step}", image=write))
 
     def unsent(self) -> list[dict[str, Any]]:
-        """Points that are not written yet, as JSON types. Pictures are not among them."""
+        """Points not yet written, as JSON types; pictures are not included."""
         with self._changed:
             waiting = [write.points for write in self._waiting if write.points]
         return [
@@ -83,10 +83,10 @@ class MetricLogger:
         ]
 
     def close(self, timeout_s: float = 60) -> list[str]:
-        """Waits until everything is written, at most `timeout_s`.
+        """Waits until everything is written, for at most `timeout_s`.
 
         Returns:
-            What was lost: each call to `log` or `image`, with the reason.
+            The calls to `log` or `image` that were lost, each with the reason.
         """
         with self._changed:
             self._is_closed = True
@@ -114,7 +114,7 @@ class MetricLogger:
                         self._lost.append(f"{write.what}: {first_line(error)}")
 
     def _next(self) -> list[_Write]:
-        """What to write next: one picture, or the points of many steps; nothing when all is done."""
+        """The next writes: one picture, or the points of many steps; empty once closed and all written."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closed)
             points = list(itertools.takewhile(lambda write: write.points, self._waiting))

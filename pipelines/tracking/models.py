@@ -1,7 +1,7 @@
 """Registered models by name: found in MLflow, fetched and loaded.
 
-Needs neither Ray nor the data plane. Loading runs the Python code that was registered with the model: name
-only a registry you trust.
+Needs neither Ray nor the data plane. Loading a model runs the Python code registered with it, so use only
+registries that you trust.
 """
 
 import re
@@ -22,18 +22,18 @@ from .runs import connect, tracking_errors
 
 
 class NoSuchModelError(TrackingError):
-    """The registry has no model, alias or version of that name."""
+    """The registry has no such model, alias or version."""
 
 
 def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
-    """A registered model, as `mlflow.pyfunc.load_model` gives it: see `registered_model.py` for `predict`.
+    """A registered model as `mlflow.pyfunc.load_model` returns it; `registered_model.py` documents `predict`.
 
     Args:
-        tracking_uri: From `tracking.preflight`.
+        tracking_uri: From `runs.preflight`.
         model_uri: `models:/name@alias` or `models:/name/version`.
 
     Raises:
-        TrackingError: MLflow fails, or has no such model, alias or version; those it has are listed.
+        TrackingError: MLflow fails, or has no such model, alias or version; the message lists what it has.
     """
     client = connect(tracking_uri)
     with tracking_errors(f"cannot fetch {model_uri} from {tracking_uri}"):
@@ -43,10 +43,10 @@ def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
 
 
 def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFuncModel:
-    """The model whose files are at `source`.
+    """Loads the model whose files are at `source`.
 
     Args:
-        tracking_uri: From `tracking.preflight`.
+        tracking_uri: From `runs.preflight`.
         source: Where MLflow keeps the files of a version or of a logged model.
         name: For messages.
 
@@ -60,7 +60,7 @@ def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFunc
             )
         try:
             model: PyFuncModel = mlflow.pyfunc.load_model(folder, suppress_warnings=True)
-        except Exception as error:  # the model's own code runs here: it can raise anything
+        except Exception as error:  # the model's own code runs here and can raise anything
             raise TrackingError(
                 f"{name} was fetched from {tracking_uri} but does not load "
                 f"({type(error).__name__}: {error}). Install its requirements.txt, or register it again."
@@ -69,16 +69,16 @@ def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFunc
 
 
 def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
-    """The version that `models:/name@alias` or `models:/name/version` names now.
+    """The version that `models:/name@alias` or `models:/name/version` currently names.
 
     Raises:
-        TrackingError: There is none; those there are are listed.
+        TrackingError: There is none; the message lists the existing ones.
         MlflowException: MLflow fails.
     """
     named = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
     if not named:
         raise TrackingError(
-            f"a model is named models:/name@alias or models:/name/version, got {model_uri!r}."
+            f"a model's name must be models:/name@alias or models:/name/version, got {model_uri!r}."
         )
     name, alias, version = named.groups()
     try:
@@ -105,33 +105,33 @@ def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a registered model: an alias may move while pictures are being made."""
+    """One version of a registered model; unlike an alias, it cannot move while pictures are upscaled."""
 
     tracking_uri: str
     uri: str
     """`models:/name/version`."""
     source: str
-    """Where its files are: another registry has other models of the same name."""
+    """Where its files are; tells it apart from a model of the same name in another registry."""
 
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Of a uint8 (height, width, 3) picture and a seed, the larger picture. Runs the model's own code.
+        """Loads it as a function of a uint8 (height, width, 3) picture and a seed; runs the model's own code.
 
         Raises:
-            TrackingError: It cannot be fetched, or does not load.
+            TrackingError: The model cannot be fetched or does not load.
         """
         model = load_from(self.tracking_uri, self.source, self.uri)
         return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
 
 
 def find_version(tracking_uri: str, model_uri: str) -> Version:
-    """The version that `models:/name@alias` or `models:/name/version` names now.
+    """Finds the version that `models:/name@alias` or `models:/name/version` currently names.
 
     Args:
-        tracking_uri: From `tracking.preflight`.
+        tracking_uri: From `runs.preflight`.
         model_uri: The model.
 
     Raises:
-        TrackingError: MLflow fails, or has no such model, alias or version; those it has are listed.
+        TrackingError: MLflow fails, or has no such model, alias or version; the message lists what it has.
     """
     with tracking_errors(f"cannot find {model_uri} at {tracking_uri}"):
         client = connect(tracking_uri)

@@ -13,7 +13,7 @@ import torch
 
 from ctmsr.config import from_dict
 from ctmsr.model import checkpoint
-from ctmsr.model.inference import InferenceConfig, upscale
+from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 
 from ..config.defaults import MODEL_NAME
 from ..infra.checkpoints import STARTER, fetched
@@ -21,7 +21,7 @@ from ..infra.checkpoints import STARTER, fetched
 REGISTERED = "models:/"
 
 Upscale = Callable[[np.ndarray, int], np.ndarray]
-"""Of a uint8 (height, width, 3) picture and a seed, the picture `scale` times as large."""
+"""Takes a uint8 (height, width, 3) picture and a seed, and returns the picture enlarged by `scale`."""
 
 
 class Released(Protocol):
@@ -33,10 +33,10 @@ class Released(Protocol):
 
     @property
     def source(self) -> str:
-        """Changes with its files."""
+        """Identifies its files: changes whenever they do."""
 
     def load(self) -> Upscale:
-        """Fetches it; raises UserError where it does not load."""
+        """Fetches and loads it; raises UserError if that fails."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class CheckpointModel:
     """SHA-256 of the weights."""
 
     def load(self) -> Upscale:
-        """Onto a GPU if there is one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        """Loads it onto a GPU if there is one."""
         with fetched(self.uri) as folder:
-            model, manifest = checkpoint.load_model(folder, device)
+            model, manifest = checkpoint.load_model(folder)
         sigma_max = manifest.config["schedule"]["sigma_max"]
         settings = from_dict(InferenceConfig, manifest.config["inference"], "inference")
+        model = for_inference(model, "cuda" if torch.cuda.is_available() else "cpu", settings)
         return lambda lq_u8, seed: upscale(model, lq_u8, sigma_max=sigma_max, seed=seed, config=settings)
 
 
 def find_released(model: str | None, tracking_uri: str) -> Released:
-    """The model of that name; by default the champion, or the starter where there is no champion.
+    """Finds a model by name; by default the champion or, if there is none, the starter.
 
     Args:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `starter` or a checkpoint's URI; None for the
             default.
-        tracking_uri: Of the MLflow server whose registry is meant.
+        tracking_uri: The MLflow server whose registry to search.
 
     Raises:
         UserError: There is no such model, or MLflow fails.
@@ -81,7 +81,7 @@ def find_released(model: str | None, tracking_uri: str) -> Released:
 
 
 def _champion(tracking_uri: str) -> Released | None:
-    """None where the registry has none, which is known of a database file that does not exist."""
+    """None if the registry has no champion, or is a database file that does not exist."""
     if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
         return None
     from .models import NoSuchModelError, find_version
@@ -95,7 +95,7 @@ def _champion(tracking_uri: str) -> Released | None:
 
 def _starter(tracking_uri: str) -> Released:
     print(
-        f"There is no champion in {tracking_uri}: using the starter model that comes with the package.",
+        f"There is no champion in {tracking_uri}: using the starter model included in the package.",
         flush=True,
     )
     return find_released(STARTER, tracking_uri)

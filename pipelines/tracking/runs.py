@@ -1,8 +1,8 @@
 """Runs, their parameters and files in MLflow.
 
-The driver owns a run (`tracked_run`) and passes its id down; rank 0 of the workers logs into it
-(`metric_logger.py`). Before a training starts, an unusable server is an error (`preflight`); once it runs,
-MLflow neither blocks a step nor ends the training: what is lost is counted and named in a warning.
+The driver owns a run (`tracked_run`) and passes its id down; rank 0 of the workers logs to it
+(`metric_logger.py`). Before training starts, an unusable server is an error (`preflight`). From then on
+MLflow neither blocks a step nor ends the run: writes that are lost are counted and reported in a warning.
 """
 
 import contextlib
@@ -35,16 +35,16 @@ from ..infra.storage import check_outlives_job
 
 MAX_PARAM_CHARS = 500
 _SQLITE = "sqlite:///"
-_ANSWERS_CUT_OFF = 3
+_READ_RETRIES = 3
 T = TypeVar("T")
 
 COMMIT_ENV = "CTMSR_COMMIT"
-"""Names the commit where there is no checkout: a job's copy of the code and an image have no .git."""
+"""Environment variable with the commit, for code without a .git, as in a job or an image."""
 logger = logging.getLogger(__name__)
 
 
 def connect(tracking_uri: str) -> MlflowClient:
-    """A client for the runs and models at one address; MLflow's global addresses stay as they are."""
+    """A client for the runs and models at one address; MLflow's global URIs are left alone."""
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
     for name in ("alembic", "mlflow"):
@@ -53,17 +53,17 @@ def connect(tracking_uri: str) -> MlflowClient:
 
 
 def preflight(tracking_uri: str) -> str:
-    """Checks within seconds that runs can be logged at `tracking_uri`; makes a sqlite file and its folder.
+    """Checks within seconds that runs can be logged at `tracking_uri`; creates a sqlite file if need be.
 
-    Call it once, in the driver, before anything costly: several processes that open a new sqlite file at the
-    same time break each other's tables, so it is set up here, under a file lock.
+    Call it once, in the driver, before anything expensive. Processes that open a new sqlite file at the same
+    time corrupt each other's tables, so it is created here, under a file lock.
 
     Returns:
-        The address to pass on to every process: a sqlite path is made absolute.
+        The address to pass on to every process, with a sqlite path made absolute.
 
     Raises:
-        ConfigError: It is a file in the folder of a job.
-        TrackingError: The address is of another kind, or there is nothing usable behind it.
+        ConfigError: It is a file in the working directory of a job.
+        TrackingError: The address is neither a server nor a sqlite file, or cannot be used.
     """
     _refuse_login(tracking_uri)
     check_outlives_job("tracking_uri", tracking_uri)
@@ -92,18 +92,18 @@ def _check_login(server: str) -> None:
             raise
         raise TrackingError(
             f"the MLflow server {server} refuses the login. Set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD to one that it knows."
+            "MLFLOW_TRACKING_PASSWORD to a valid one."
         ) from error
 
 
 def ensure_experiment(tracking_uri: str, name: str, artifact_location: str | None = None) -> str:
-    """The id of experiment `name`, made if there is none.
+    """The id of experiment `name`, which is created if there is none.
 
     Args:
         tracking_uri: From `preflight`.
         name: The experiment.
-        artifact_location: Folder or URI for a new experiment's files. None leaves the choice to the server;
-            for a sqlite file, which would take the current folder, it is `artifacts` beside the file.
+        artifact_location: Folder or URI for a new experiment's files. None leaves the choice to the server
+            or, for a sqlite file, means `artifacts` beside it; MLflow would use the current folder.
 
     Raises:
         TrackingError: The experiment is deleted, or MLflow fails.
@@ -139,23 +139,23 @@ def tracked_run(
     parent_run_id: str | None = None,
     run_id: str | None = None,
 ) -> Iterator[str]:
-    """An MLflow run for the length of a `with` block; it ends FINISHED, FAILED, or KILLED on an interrupt.
+    """An MLflow run for the duration of a `with` block; ends as FINISHED, FAILED or, if interrupted, KILLED.
 
     Args:
         tracking_uri: From `preflight`.
         experiment_id: From `ensure_experiment`.
         run_name: Shown in MLflow.
-        params: The resolved config, nested; logged as dotted parameters, cut to MAX_PARAM_CHARS, and whole as
-            config.json.
+        params: The resolved config, nested; logged as dotted parameters, truncated to MAX_PARAM_CHARS, and in
+            full as config.json.
         tags: Anything to find the run by.
         parent_run_id: The search that this run is a trial of.
-        run_id: A run to go on with, whose params stay; None makes a new one.
+        run_id: An existing run to resume, which keeps its params; None creates a new one.
 
     Yields:
         The run id.
 
     Raises:
-        TrackingError: The run cannot be started. Once it has started, a dead server is only warned about.
+        TrackingError: The run cannot be started. Later failures of the server are only logged.
     """
     client = connect(tracking_uri)
     parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
@@ -187,7 +187,7 @@ def tracked_run(
                 client.set_terminated(run_id, status)
         except (MlflowException, SQLAlchemyError) as error:
             logger.warning(
-                "MLflow still shows run %s as running, it is %s: %s", run_id, status, first_line(error)
+                "MLflow still shows run %s as running, but it is %s: %s", run_id, status, first_line(error)
             )
 
 
@@ -198,7 +198,7 @@ def find_run(tracking_uri: str, experiment_id: str, tags: Mapping[str, str]) -> 
         TrackingError: MLflow fails.
     """
     condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-    with tracking_errors("cannot look for the MLflow run to go on with"):
+    with tracking_errors("cannot look up the MLflow run to resume"):
         found = connect(tracking_uri).search_runs([experiment_id], condition, max_results=1)
     return found[0].info.run_id if found else None
 
@@ -206,9 +206,9 @@ def find_run(tracking_uri: str, experiment_id: str, tags: Mapping[str, str]) -> 
 def finish_children(
     tracking_uri: str, experiment_id: str, parent_run_id: str, failed: Callable[[str], bool]
 ) -> None:
-    """Marks the runs below a parent FINISHED, but those whose name `failed` knows.
+    """Marks the runs below a parent as FINISHED, except those whose name `failed` accepts.
 
-    A scheduler stops a trial with its process: the run's own end is then RUNNING or FAILED, by chance.
+    A scheduler stops a trial by killing its process, which leaves its run RUNNING or FAILED, by chance.
     """
     client = connect(tracking_uri)
     try:
@@ -220,42 +220,42 @@ def finish_children(
 
 
 def log_files(tracking_uri: str, run_id: str, files: Mapping[str, bytes]) -> None:
-    """Stores files with a run, by name; that MLflow does not take them is only warned about."""
+    """Stores files with a run, by name; if MLflow fails, only logs a warning."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             for name, data in files.items():
                 Path(folder, name).write_bytes(data)
             connect(tracking_uri).log_artifacts(run_id, folder)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        logger.warning("MLflow has not taken %s: %s", ", ".join(files), first_line(error))
+        logger.warning("MLflow did not accept %s: %s", ", ".join(files), first_line(error))
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
     flat = [Param(key, str(value)[:MAX_PARAM_CHARS]) for key, value in flatten(params).items()]
-    for start in range(0, len(flat), 100):  # the most that a server takes at once
+    for start in range(0, len(flat), 100):  # the most that a server accepts at once
         client.log_batch(run_id, params=flat[start : start + 100])
 
 
 def git_commit() -> str | None:
-    """Hash of the checkout this file is in, with "-dirty" where files differ.
+    """Hash of the checkout that contains this file, with "-dirty" appended if files have changed.
 
-    Outside a checkout, as in a job, what CTMSR_COMMIT says, or None.
+    Outside a checkout, as in a job, the value of CTMSR_COMMIT, or None.
     """
-    told = os.environ.get(COMMIT_ENV) or None
+    declared = os.environ.get(COMMIT_ENV) or None
     git = shutil.which("git")
     if git is None:
-        return told
+        return declared
     command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else told
+    return result.stdout.strip() if result.returncode == 0 else declared
 
 
 def answered(ask: Callable[[], T]) -> T:
-    """What a reading request gives; asked again if the server ended in the middle of its answer.
+    """The result of a read request, repeated if the connection broke in the middle of the response.
 
-    MLflow's client itself repeats a request only until an answer begins.
+    MLflow's own client retries only until a response begins.
     """
-    for _ in range(_ANSWERS_CUT_OFF):
+    for _ in range(_READ_RETRIES):
         try:
             return ask()
         except MlflowException as error:
@@ -271,13 +271,13 @@ def tracking_errors(what: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise TrackingError(
-            f"{what}: {first_line(error)}. Check tracking_uri and what runs there."
+            f"{what}: {first_line(error)}. Check tracking_uri and the server behind it."
         ) from error
 
 
 @contextlib.contextmanager
 def _patience(*, retries: int) -> Iterator[None]:
-    """Shortens how long MLflow waits for a silent server: by default 4 minutes of retries."""
+    """Makes MLflow give up early on a silent server, instead of retrying for its default of 4 minutes."""
     settings = {MLFLOW_HTTP_REQUEST_MAX_RETRIES.name: str(retries), MLFLOW_HTTP_REQUEST_TIMEOUT.name: "4"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -292,11 +292,11 @@ def _patience(*, retries: int) -> Iterator[None]:
 
 
 def _refuse_login(tracking_uri: str) -> None:
-    """The address is written into configs, checkpoints and MLflow, and shown in logs: not a password, too."""
+    """Rejects a password in the address, which is written to configs, checkpoints, MLflow and logs."""
     if "@" in urlsplit(tracking_uri).netloc:
         raise TrackingError(
-            "tracking_uri has a login in it (user:password@), which would be written into configs, "
-            "checkpoints and MLflow. Name http(s)://host:port, and export MLFLOW_TRACKING_USERNAME and "
+            "tracking_uri has a login in it (user:password@), which would be written to configs, "
+            "checkpoints and MLflow. Set it to http(s)://host:port, and export MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD."
         )
 

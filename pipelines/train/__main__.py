@@ -15,18 +15,18 @@ EXAMPLES = """\
         --set optim.ct_steps=0 --set schedule.s0=3 \\
         --set data.train_uri=photos/train --set data.val_uri=photos/val
 
-The same command again continues a run that stopped, whatever stopped it; --fresh starts over."""
+Run the same command again to resume a run, whatever stopped it; --fresh starts over."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = config_parser("train", __doc__ or "", EXAMPLES)
-    parser.add_argument("--fresh", action="store_true", help="delete what the run has done, and start over")
+    parser.add_argument("--fresh", action="store_true", help="delete what the run has done and start over")
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
-    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ..infra.cluster import ray_cluster
     from ..infra.progress import progress_line
     from .run import check_inputs, train

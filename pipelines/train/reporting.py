@@ -1,4 +1,4 @@
-"""What rank 0 tells of a training run: progress line, MLflow, Ray's metrics, scores of the EMA weights."""
+"""Reports on a training run from rank 0: progress line, MLflow, Ray's metrics, scores of the EMA weights."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from ray.util.queue import Queue
 
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import Evaluation, score
-from ctmsr.model.inference import upscale
+from ctmsr.model.inference import for_inference, upscale
 from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
@@ -23,12 +23,12 @@ from ..tracking.metric_logger import MetricLogger
 
 
 class Reporter:
-    """Rank 0's view of the run."""
+    """Measures a run on rank 0 and reports it."""
 
     def __init__(
         self, config: RunConfig, loop: Mapping[str, Any], monitor: StreamMonitor, unsent: list[dict[str, Any]]
     ) -> None:
-        """`unsent` are metrics of before, which MLflow had not taken when the checkpoint was written."""
+        """`unsent` are metrics that had not reached MLflow when the checkpoint was written."""
         self._config = config
         self._monitor = monitor
         self._num_workers = ray.train.get_context().get_world_size()
@@ -40,12 +40,12 @@ class Reporter:
         self._restart_clock()
 
     def count(self, waited_s: float) -> None:
-        """Counts a step, and the seconds that it waited for data."""
+        """Counts a step and the seconds it waited for data."""
         self._num_steps += 1
         self._waited_s += waited_s
 
-    def tell(self, state: TrainState, losses: Mapping[str, float]) -> None:
-        """Says how the steps since the last call went, with the losses of the last."""
+    def report(self, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Reports the latest losses, and the speed since the last call."""
         elapsed_s = time.monotonic() - self._started
         step_s = elapsed_s / self._num_steps
         step, total = state.global_step, self._config.optim.total_steps
@@ -71,11 +71,11 @@ class Reporter:
         self._restart_clock()
 
     def evaluate(self, state: TrainState) -> Evaluation:
-        """Scores the EMA weights on the held-out pictures, and shows them in MLflow."""
+        """Scores the EMA weights on the held-out pictures and logs scores and samples to MLflow."""
         started = time.monotonic()
         upscale_one = partial(
             upscale,
-            state.ema_model.eval(),
+            for_inference(state.ema_model, ray.train.torch.get_device(), self._config.inference),
             sigma_max=self._config.schedule.sigma_max,
             config=self._config.inference,
         )
@@ -83,18 +83,18 @@ class Reporter:
         evaluation = score(upscale_one, self._held_out, scale=scale, lpips=self._lpips)
         self._log({f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step)
         self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
-        self._started += time.monotonic() - started  # not a part of the step rate
+        self._started += time.monotonic() - started  # excluded from the step rate
         return evaluation
 
     def unsent(self) -> list[dict[str, Any]]:
-        """Metrics that MLflow has not taken yet, for the checkpoint."""
+        """Metrics that have not reached MLflow yet, for the checkpoint."""
         return self._mlflow.unsent()
 
     def close(self) -> None:
-        """Waits for MLflow, and tells what it did not take."""
+        """Waits for MLflow, and warns of writes that were lost."""
         if lost := self._mlflow.close():
             shown = "; ".join(lost[:3]) + ("; ..." if len(lost) > 3 else "")
-            self._queue.put_nowait(f"warning: MLflow has not taken {len(lost)} writes of the run. {shown}.")
+            self._queue.put_nowait(f"warning: MLflow did not accept {len(lost)} writes of the run. {shown}.")
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._mlflow.log(metrics, step)

@@ -1,4 +1,4 @@
-"""Runs a training to its end: what is tried again when workers are lost, and what is told."""
+"""Runs a training to its end: which failures are retried, and how they are reported."""
 
 from collections.abc import Callable
 
@@ -17,15 +17,15 @@ from ..infra.ray_internals import keyboard_interrupt, train_helpers_find_cluster
 def fit(
     config: RunConfig, make_trainer: Callable[[], TorchTrainer], progress: Queue, *, is_trial: bool = False
 ) -> None:
-    """Runs a training to its end; when workers are lost, starts them again from the newest checkpoint.
+    """Runs a training to its end; when workers are lost, restarts them from the newest checkpoint.
 
-    Ray Train's own retries count all failures of a run, and repeat those that will come again. Here failures
-    count in a row without a new checkpoint, and a mistake that the user must mend ends the run at once. So
-    does the loss of a trial's controller: a search that stops a trial ends that first, and workers started
-    again meanwhile would keep their places for ever.
+    Ray Train's own retries count all failures of a run and repeat even those that are bound to recur. Here
+    only consecutive failures without a new checkpoint count, and an error that the user must fix ends the run
+    at once. So does the loss of a trial's controller: a search stops a trial by killing its controller, and
+    workers restarted then would never release their resources.
 
     Raises:
-        UserError: It failed for good; the message is the workers' error alone.
+        UserError: The run failed and is not retried; the message contains the workers' errors alone.
     """
     num_failures = 0
     while True:
@@ -42,18 +42,18 @@ def fit(
             if is_stopped or _is_final(error) or num_failures > config.train.max_failures:
                 raise UserError(f"training failed. {text}") from error
         limit = f"failure {num_failures} of {config.train.max_failures}"
-        progress.put_nowait(f"warning: {text} Going on from step {after} ({limit} without a new checkpoint).")
+        progress.put_nowait(f"warning: {text} Resuming from step {after} ({limit} without a new checkpoint).")
 
 
 def _causes(error: BaseException) -> dict[str, BaseException]:
-    """What went wrong first, by place."""
+    """The original errors, by rank."""
     if isinstance(error, ray.train.WorkerGroupError):
         return {f"rank {rank}": first_cause(failure) for rank, failure in error.worker_failures.items()}
     return {"Ray Train": first_cause(getattr(error, "controller_failure", error))}
 
 
 def _failure(error: BaseException) -> str:
-    """One line: a rank that reports a mistake speaks for the others, which fail for want of it."""
+    """One line; if some ranks report a permanent error, only theirs, as the others fail for lack of them."""
     causes = _causes(error)
     own = {where: cause for where, cause in causes.items() if _is_mistake(cause)}
     return " ".join(f"{where}: {one_line(cause)}" for where, cause in sorted((own or causes).items()))
@@ -64,11 +64,11 @@ def _is_final(error: BaseException) -> bool:
 
 
 def _is_mistake(cause: BaseException) -> bool:
-    """Whether it would come again; a store may answer the next time."""
+    """Whether a retry would fail in the same way; a store may respond the next time."""
     return isinstance(cause, (UserError, FloatingPointError)) and not isinstance(cause, StoreError)
 
 
 def steps_done(config: RunConfig) -> int:
-    """Optimizer steps in the newest checkpoint of the run, which it continues from."""
+    """Optimizer steps in the newest checkpoint of the run, from which it resumes."""
     found = newest(config.run_uri)
     return found.step if found else 0

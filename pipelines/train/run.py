@@ -1,4 +1,4 @@
-"""A training run: what is checked before it starts, the trainer, and its run in MLflow."""
+"""A training run: the checks before it starts, the trainer, and the run in MLflow."""
 
 import importlib.metadata
 import json
@@ -30,12 +30,12 @@ from .retries import fit, steps_done
 from .worker import LIBRARIES, train_loop_per_worker
 
 _RESIZE_EVERY_S = 30
-"""How often an elastic run looks for nodes that have come."""
+"""How often an elastic run looks for new nodes."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found before anything expensive started."""
+    """Inputs of a run, found and checked before anything expensive starts."""
 
     train: Pictures
     val: Pictures
@@ -54,10 +54,10 @@ class Outcome:
 
 
 def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
-    """Everything that can be wrong with a run's surroundings, found within seconds and without Ray.
+    """Checks everything that a run needs, within seconds and without Ray.
 
-    Last, the resolved config is written into the run's folder, which finds a place that refuses it. With
-    `fresh`, the run there may be another.
+    Finally writes the resolved config to the run's folder, which shows whether that is writable. With
+    `fresh`, an existing run there may have another config.
 
     Raises:
         UserError: Pictures, storage, backbones or MLflow cannot be used, or the run has another config.
@@ -70,8 +70,8 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
     for place in (pictures, val):
         check(
             place.scale in (None, config.network.scale),
-            f"the LR pictures of {place.uri} are {place.scale} times smaller, network.scale is "
-            f"{config.network.scale}. Set it to {place.scale}, or name other pictures.",
+            f"the LR pictures of {place.uri} are {place.scale} times smaller, but network.scale is "
+            f"{config.network.scale}. Set it to {place.scale}, or use other pictures.",
         )
     for net in ("vgg", "alex"):
         load_lpips(net)
@@ -91,14 +91,14 @@ def train(
     *,
     fresh: bool = False,
 ) -> Outcome:
-    """Runs the training to its end, or from its newest checkpoint on.
+    """Runs the training to its end, starting from its newest checkpoint if there is one.
 
     Args:
         config: The run.
         inputs: From `check_inputs`.
-        progress: Of `progress_line`.
+        progress: From `progress_line`.
         parent_run_id: MLflow run of the search that this run is a trial of.
-        fresh: Whether to delete what an earlier run of this name left, and start over.
+        fresh: Whether to delete an earlier run of this name and start over.
 
     Raises:
         UserError: The training failed; the message is the cause.
@@ -114,7 +114,7 @@ def train(
 
 
 def start_over(config: RunConfig) -> None:
-    """Deletes the checkpoints and all else in the run's folder."""
+    """Deletes the run's folder, checkpoints included, and writes its config again."""
     delete_folder(config.run_uri)
     _write_config(config)
 
@@ -123,7 +123,7 @@ def start_over(config: RunConfig) -> None:
 def training_run(
     config: RunConfig, inputs: Inputs, parent_run_id: str | None = None, *, is_new: bool = False
 ) -> Iterator[str]:
-    """The training's run in MLflow, for the length of a `with` block: the one that it had before, if any."""
+    """The training's MLflow run for the duration of a `with` block; resumes its earlier one, if any."""
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
     storage = config.run_uri if "://" in config.run_uri else open_uri(config.run_uri)[1]
     tags = {
@@ -133,7 +133,7 @@ def training_run(
         "val_version": inputs.val.version,
         **{f"version.{name}": importlib.metadata.version(name) for name in LIBRARIES},
     }
-    # --fresh leaves the runs of the search before, whose trials have the same folders
+    # --fresh keeps the MLflow runs of an earlier search, whose trials had the same folders.
     mark = {"storage": storage} | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
     known = None if is_new else find_run(inputs.tracking_uri, experiment_id, mark)
     with tracked_run(
@@ -151,11 +151,11 @@ def training_run(
 def build_trainer(
     config: RunConfig, inputs: Inputs, progress: Queue, run_id: str, callbacks: Sequence[Any] = ()
 ) -> TorchTrainer:
-    """The one trainer of the project; a Tune trial is one of these, too."""
+    """The only trainer of the project; Tune trials use it too."""
     file_system, storage_path = open_uri(config.storage_uri)
     size = config.train.global_batch_size
 
-    def train_samples() -> StreamFactory:  # called whenever a group of workers starts
+    def train_samples() -> StreamFactory:  # called whenever a worker group starts
         return partial(
             train_stream,
             inputs.train,
@@ -203,7 +203,7 @@ def build_trainer(
 
 def _scaling(config: RunConfig) -> ScalingConfig:
     train = config.train
-    arguments: dict[str, Any] = {  # mypy sees the class of before, which knows no elastic training
+    arguments: dict[str, Any] = {  # mypy sees Ray's older class, without elastic training
         "num_workers": (train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
         "elastic_resize_monitor_interval_s": _RESIZE_EVERY_S,
     }
@@ -216,13 +216,13 @@ def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
     if found is None:
         return
     listed = RUN.changes(found.config, to_dict(config))
-    version = found.meta.get("train_version", pictures.version)  # a converted one has none
+    version = found.meta.get("train_version", pictures.version)  # a converted checkpoint has none
     if version != pictures.version:
         listed.append(f"the pictures of data.train_uri: version {version} -> {pictures.version}")
     if listed:
         raise ConfigError(
             f"run {config.name!r} has a checkpoint {found.uri} of another config ({', '.join(listed)}). "
-            "Restore the old values to continue it, set another name to start a new run, or give --fresh to "
+            "Restore the old values to resume it, set another name to start a new run, or use --fresh to "
             "delete this one and start over."
         )
 
@@ -234,13 +234,13 @@ def _check_init(config: RunConfig) -> None:
     try:
         manifest = json.loads(read_bytes(file_system, path))
     except (DataError, ValueError) as error:
-        raise CheckpointError(f"init_uri {config.init_uri} is no checkpoint: {error}") from error
+        raise CheckpointError(f"init_uri {config.init_uri} is not a checkpoint: {error}") from error
     before, now = manifest["config"]["network"], to_dict(config)["network"]
     listed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
     listed = [text for text in listed if not text.startswith("dropout")]
     check(
         not listed,
-        f"init_uri {config.init_uri} is of another network ({', '.join(listed)}). Set network.* to that.",
+        f"init_uri {config.init_uri} is of another network ({', '.join(listed)}). Set network.* to match.",
     )
 
 

@@ -1,8 +1,8 @@
-"""What every Ray Train worker runs: batches in, updates, and on rank 0 what is told and kept of them.
+"""The training loop that every Ray Train worker runs; rank 0 also reports and saves checkpoints.
 
 All random numbers of a run are functions of its seed and the global step or sample, and the samples of all
-steps so far are a prefix of one schedule. So a checkpoint that holds the weights, the optimizer and the step
-is the whole state, and on any number of workers the next step sees the images it would have seen anyway.
+steps so far are a prefix of one fixed order. So weights, optimizer state and step number are the whole state
+of a run, and after a restart, on any number of workers, the next step sees the images it would have seen.
 """
 
 import importlib.metadata
@@ -16,12 +16,13 @@ import torch
 import torch.distributed
 
 from ctmsr.config import from_dict, to_dict
-from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model import checkpoint
-from ctmsr.model.network import ConsistencyModel
+from ctmsr.model.device import prefetch, use_fast_math
+from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.rng import sample_seed
 from ctmsr.training.state import TrainState, build_state, restore_state, start_from
-from ctmsr.training.step import Batch, check_finite, train_step
+from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch
@@ -31,7 +32,7 @@ from ..tracking.runs import git_commit
 from .reporting import Reporter
 
 LIBRARIES = ("torch", "ray", "numpy", "opencv-python-headless", "pillow", "lpips")
-"""Versions that a checkpoint records: another one may round or draw differently."""
+"""Libraries whose versions a checkpoint records, as another version may round or draw differently."""
 
 
 def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
@@ -45,11 +46,14 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     num_workers = context.get_world_size()
     device = ray.train.torch.get_device()
-    state, unsent = _initial_state(config)
-    lpips = load_lpips("vgg").to(device)
+    use_fast_math()
+    state, unsent = _initial_state(config, device)
+    lpips = _loss_network(config, device)
+    if config.train.compile:
+        compile_step(state, lpips)
     monitor = StreamMonitor(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
     leader = _Leader(config, loop, monitor, unsent) if context.get_world_rank() == 0 else None
-    batches = _batches(config, num_workers, device, monitor)
+    batches = prefetch(_batches(config, num_workers, monitor), device)
     notice = None
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
@@ -63,19 +67,19 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         if done or state.global_step % config.train.log_every_steps == 0:
             means = _mean_over_workers(losses, batch.share)
             if leader:
-                leader.reporter.tell(state, means)
+                leader.reporter.report(state, means)
             before, notice = notice, ray.train.get_preemption_info()
             is_preempted = notice is not None and notice != before
         if done or is_preempted or state.global_step % config.train.checkpoint_every_steps == 0:
             check_finite(state)
-            metrics = leader.keep(state, is_preempted and not done) if leader else {}
+            metrics = leader.save(state, is_preempted and not done) if leader else {}
             ray.train.report(metrics | {"step": state.global_step})
     if leader:
         leader.close()
 
 
 class _Leader:
-    """Rank 0's part: it tells how the run goes, and keeps checkpoints."""
+    """What rank 0 does besides training: reports and checkpoints."""
 
     def __init__(
         self, config: RunConfig, loop: Mapping[str, Any], monitor: StreamMonitor, unsent: list[dict[str, Any]]
@@ -88,8 +92,8 @@ class _Leader:
             num_best_kept=config.train.num_best_kept,
         )
 
-    def keep(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
-        """Scores the EMA weights and saves a checkpoint; when a node is about to go, saves at once."""
+    def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
+        """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to go."""
         evaluation = None if is_preempted else self.reporter.evaluate(state)
         metrics = evaluation.means if evaluation else {}
         meta = {
@@ -114,17 +118,23 @@ class _Leader:
         self.reporter.close()
 
 
-def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]:
-    """The newest checkpoint's state, else that of the run's start; and metrics that MLflow had not taken."""
-    torch.manual_seed(sample_seed(config.seed, "weights"))
-    network = ConsistencyModel(config.network)
-    network.bf16 = config.train.precision == "bf16"
-    network.model.recompute = config.train.activation_checkpointing
+def _loss_network(config: RunConfig, device: torch.device) -> Lpips:
+    lpips = load_lpips("vgg", config.train.precision).to(device)
     if config.train.use_gpu:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parallel = ray.train.torch.prepare_model(network, parallel_strategy_kwargs={"broadcast_buffers": False})
-    model = getattr(parallel, "module", parallel)  # DDP wraps where there is more than one worker
-    assert isinstance(model, ConsistencyModel)
+        lpips.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lpips
+
+
+def _initial_state(config: RunConfig, device: torch.device) -> tuple[TrainState, list[dict[str, Any]]]:
+    """The state of the newest checkpoint, else the initial one; and metrics that had not reached MLflow."""
+    torch.manual_seed(sample_seed(config.seed, "weights"))
+    model = ConsistencyModel(config.network).to(device)
+    model.model.recompute = config.train.activation_checkpointing
+    if config.train.use_gpu:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    working = bf16_copy(model) if config.train.precision == "bf16" else model
+    ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    parallel = ray.train.torch.prepare_model(working, parallel_strategy_kwargs=ddp)
     state, unsent = build_state(model, config.optim, parallel), []
     if found := newest(config.run_uri):
         with fetched(found.uri) as folder:
@@ -136,15 +146,11 @@ def _initial_state(config: RunConfig) -> tuple[TrainState, list[dict[str, Any]]]
             ema, manifest = checkpoint.load_model(folder)
             has_state = checkpoint.TRAIN_STATE_FILE in manifest.files
             start_from(state, ema, checkpoint.load_train_state(folder) if has_state else {})
-    if config.train.compile:
-        state.model.model.compile()
     return state, unsent
 
 
-def _batches(
-    config: RunConfig, num_workers: int, device: torch.device, monitor: StreamMonitor
-) -> Iterator[Batch]:
-    """This worker's part of every batch, without end: one iteration of the stream is a bounded part of it."""
+def _batches(config: RunConfig, num_workers: int, monitor: StreamMonitor) -> Iterator[Batch]:
+    """This worker's part of every batch, endlessly: each iteration over the shard yields a bounded number."""
     shard, size = ray.train.get_dataset_shard("train"), config.train.global_batch_size
     while True:
         num_batches = 0
@@ -153,23 +159,25 @@ def _batches(
         ):
             num_batches += 1
             monitor.count(rows)
-            yield make_batch(rows, device, global_batch_size=size, num_workers=num_workers)
+            yield make_batch(rows, global_batch_size=size, num_workers=num_workers)
         assert num_batches, "the stream ended before the run"
 
 
 def _check_position(batch: Batch, state: TrainState, config: RunConfig) -> None:
-    """The stream and the weights come from one checkpoint, unless a new one arrived between two looks.
+    """Checks that data and weights are at the same step: a checkpoint may have arrived in between.
 
     Raises:
-        RuntimeError: They do not; starting the workers again mends it.
+        RuntimeError: They are not; restarting the workers fixes it.
     """
     step = batch.samples[0] // config.train.global_batch_size
     if batch.share and step != state.global_step:
-        raise RuntimeError(f"the data are those of step {step}, the weights of step {state.global_step}.")
+        raise RuntimeError(
+            f"the data are those of step {step}, but the weights are of step {state.global_step}."
+        )
 
 
 def _mean_over_workers(losses: Mapping[str, torch.Tensor], share: float) -> dict[str, float]:
-    """Means over the images of the whole batch; the norm of the gradient is the same everywhere."""
+    """Means over the images of the global batch; the gradient norm is the same on all workers."""
     names = [name for name in losses if name != "grad_norm"]
     sums = torch.stack(
         [share * losses[name].double() for name in names] + [torch.tensor(share).to(losses[names[0]])]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
@@ -42,7 +41,7 @@ def consume(loop: Mapping[str, Any]) -> None:
     shard, seen = ray.train.get_dataset_shard("train"), 0
     while seen < loop["total"]:
         for rows in shard.iter_batches(batch_size=BATCH, batch_format="numpy"):
-            seen += len(make_batch(rows, torch.device("cpu"), global_batch_size=BATCH, num_workers=1).hr_u8)
+            seen += len(make_batch(rows, global_batch_size=BATCH, num_workers=1).hr_u8)
             if seen % (TELL_EVERY * BATCH) == 0:
                 loop["queue"].put(seen)
 

@@ -77,7 +77,6 @@ def torch_defaults(compute: Callable[[], Result]) -> Result:
 def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> Step:
     """A function that makes one update of a copy of `model`."""
     model = copy.deepcopy(model)
-    model.bf16 = variant.autocast
     lpips = load_lpips("vgg", "bf16" if variant.bf16_lpips else "fp32").to(next(model.parameters()).device)
     if variant.channels_last:
         for module in (model, lpips):
@@ -85,7 +84,12 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
     state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
         compile_step(state, lpips, variant.compile)
-    return lambda batch: train_step(state, batch, config.recipe, lpips)["loss"]
+
+    def step(batch: Batch) -> Tensor:
+        with torch.autocast(batch.hr_u8.device.type, torch.bfloat16, enabled=variant.autocast):
+            return train_step(state, batch, config.recipe, lpips)["loss"]
+
+    return step
 
 
 def as_torch_does(step: Step) -> Step:

@@ -17,7 +17,6 @@ from tests.support.repository import ROOT
 TINY = {
     "tune.ct_steps": 4,
     "optim.ct_steps": 3,
-    "optim.dtm_steps": 1,
     "train.checkpoint_every_steps": 2,
     "data.eval_crop_size": 64,
 }
@@ -70,8 +69,8 @@ def test_demo_ends_with_a_picture_and_a_table(tmp_path: Path) -> None:
         assert f"python -m pipelines.{command}:" in text
     assert "warning" not in text.lower()
     lines = text.splitlines()
-    assert any(line.startswith("bicubic ") for line in lines)
-    assert any(line.startswith("ours ") for line in lines)
+    for row in ("bicubic ", "from scratch ", "fine-tuned "):
+        assert any(line.startswith(row) for line in lines)
     picture = decode((tmp_path / "comparison.png").read_bytes(), name="comparison.png")
     assert picture.shape == (3 * 64, 4 * 64, 3)
     panels = [panel for row in np.split(picture, 3) for panel in np.split(row, 4, axis=1)]
@@ -79,7 +78,7 @@ def test_demo_ends_with_a_picture_and_a_table(tmp_path: Path) -> None:
     assert wait_until_gone(marker) == []
 
 
-@pytest.mark.parametrize("stage", ["trial-", "demo"])
+@pytest.mark.parametrize("stage", ["trial-", "from-scratch"])
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, stage: str) -> None:
     marker = uuid.uuid4().hex
     demo = start(tmp_path, marker, **{"optim.ct_steps": 300})

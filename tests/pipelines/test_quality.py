@@ -15,7 +15,7 @@ from ctmsr.errors import DataError, UserError
 from ctmsr.image import decode, encode_png
 from ctmsr.metrics.full_reference import psnr_y
 from ctmsr.model import checkpoint
-from ctmsr.model.inference import upscale
+from ctmsr.model.inference import InferenceConfig, upscale
 from ctmsr.model.schedule import ScheduleConfig
 from tests.benchmarks.peers import Bench, Made, load_bicubic
 from tests.benchmarks.quality import fill, main
@@ -38,7 +38,8 @@ def testsets(photos: dict[str, bytes], tmp_path: Path) -> Path:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A checkpoint."""
-    config = {"network": to_dict(NETWORK), "schedule": to_dict(ScheduleConfig())}
+    parts = {"network": NETWORK, "schedule": ScheduleConfig(), "inference": InferenceConfig()}
+    config = {name: to_dict(part) for name, part in parts.items()}
     checkpoint.save(tmp_path / "tiny", model=filled_model().state_dict(), config=config, meta={})
     return tmp_path / "tiny"
 

@@ -156,10 +156,8 @@ def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
             export_pth(folder, tmp_path / "published.pth")
             import_pth(tmp_path / "published.pth", tmp_path / "converted", trained.config)
     settings = [f"init_uri={init_uri}", "optim.ct_steps=0", "optim.dtm_steps=1", "train.num_workers=1"]
-    settings += [
-        "optim.lr=1e-9",
-        "schedule.s0=2",
-    ]  # it stays where it starts, where a run of DTM alone begins
+    # It stays where it starts: at the trajectory of a run of DTM alone, of two steps.
+    settings += ["optim.lr=1e-9", "schedule.s0=2", "loss.dtm_t_max=0.7"]
     config = changed(trained.config, f"name=dtm-{is_converted}", *settings)
     outcome = run_to_end(config)
     assert run_named(config.name, config).data.metrics["dtm_loss"] > 0
@@ -175,5 +173,5 @@ def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:
     )
     with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 1 -> 2\)"):
         check_inputs(other)
-    with pytest.raises(CheckpointError, match="init_uri s3://training/none is no checkpoint"):
+    with pytest.raises(CheckpointError, match="init_uri s3://training/none is not a checkpoint"):
         check_inputs(changed(trained.config, "name=x", "init_uri=s3://training/none"))

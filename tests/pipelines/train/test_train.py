@@ -130,9 +130,14 @@ def test_other_scales_train_evaluate_and_upscale(
     ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
 ) -> None:
     name = f"x{scale}"
-    settings = [f"network.scale={scale}", "network.lq_size=16", "data.eval_crop_size=48"]
-    settings += ["optim.ct_steps=1", "optim.dtm_steps=1"]
-    settings += [f"name={name}", f"model_name={name}", f"storage_uri={tmp_path}", "train.num_workers=1"]
+    settings = [f"network.scale={scale}", "network.lq_size=16", "data.eval_crop_size=48", "optim.ct_steps=1"]
+    settings += [
+        "optim.dtm_steps=1",
+        f"name={name}",
+        f"model_name={name}",
+        f"storage_uri={tmp_path}",
+        "train.num_workers=1",
+    ]
     config = run_config(bucket, tmp_path, *settings)
     run_to_end(config)
     options = ["--config", f"{config.run_uri}/config.json"]
@@ -210,7 +215,7 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
     ) as raised:
         run_to_end(config, inputs)
     assert "\n" not in str(raised.value)
-    assert "Going on from step" not in capsys.readouterr().out  # what would come again is not tried again
+    assert "Resuming from step" not in capsys.readouterr().out  # no retry of what would fail again
     assert run_named("broken", config).info.status == "FAILED"
     tolerant = replace(config, name="tolerant", data=replace(config.data, max_unreadable=0.5))
     capsys.readouterr()

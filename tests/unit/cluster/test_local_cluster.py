@@ -84,7 +84,7 @@ def test_a_cluster_that_is_up_is_refused_and_left_alone(
 ) -> None:
     others.append(start("sleep", "60", mark=cluster.mark))
     wait_for(1, cluster)
-    with pytest.raises(UserError, match=r"is up in .*end it first: python -m cluster\.local down --folder"):
+    with pytest.raises(UserError, match=r"is up in .*stop it first: python -m cluster\.local down --folder"):
         up(tmp_path, port=free_port(), dashboard_port=free_port(), **OPTIONS)
     assert others[0].poll() is None
     assert load(tmp_path) == cluster

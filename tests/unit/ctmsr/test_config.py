@@ -71,7 +71,7 @@ def test_nested_values_tuples_and_optionals() -> None:
         ({"name": "x", "egs": 2}, "unknown config key egs. Did you mean eggs?"),
         ({"name": "x", "oven": {"degree": 2}}, "unknown config key oven.degree. Did you mean degrees?"),
         ({"name": "x", "oven": {"zzz": 2}}, "unknown config key oven.zzz. Known here: degrees, fan, rack."),
-        ({}, "config lacks name. Give them a value."),
+        ({}, "config lacks name. Give each a value."),
         ([], "config must be a table of keys, got []."),
         ({"name": "x", "oven": 3}, "oven must be a table of keys, got 3."),
         ({"name": 3}, "name must be text, got 3."),

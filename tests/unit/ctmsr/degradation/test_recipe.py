@@ -150,7 +150,7 @@ def test_lq_is_hr_over_scale_when_the_crop_is_tiny_and_the_shrinking_extreme() -
 
 
 def test_a_crop_that_scale_does_not_divide_is_refused() -> None:
-    match = r"^HR crop of 64x62 pixels is not a multiple of scale \(4\)"
+    match = r"^the sides of the 64x62 HR crop are not multiples of scale \(4\)"
     with pytest.raises(ConfigError, match=match):
         degrade(HR_U8[:62], scale=4, config=PUBLISHED, rng=np.random.default_rng(0))
 

@@ -109,7 +109,7 @@ def test_the_weights_sum_to_one_and_nothing_is_trained(net: Dists) -> None:
 
 def test_images_that_do_not_match_are_refused(net: Dists) -> None:
     image = np.zeros((32, 32, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"must have one shape, got \(31, 32, 3\) and \(32, 32, 3\)"):
+    with pytest.raises(ValueError, match=r"must have the same shape, got \(31, 32, 3\) and \(32, 32, 3\)"):
         dists(image[:31], image, net)
     with pytest.raises(ValueError, match="must be uint8 HWC RGB, got float64"):
         dists(image / 255, image, net)

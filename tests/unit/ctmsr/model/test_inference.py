@@ -233,7 +233,7 @@ def test_too_little_memory_is_met_by_less_at_once(
     found = upscale(Small(num_pixels).eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
     assert np.array_equal(found, expected)
     assert len(caplog.messages) == 1
-    assert f"inference.tile=64, inference.batch_tiles=4; it did for inference.{fitting}" in caplog.text
+    assert f"inference.tile=64, inference.batch_tiles=4, but not with inference.{fitting}" in caplog.text
 
 
 @pytest.mark.parametrize("tile", [64, 1024])

@@ -186,8 +186,8 @@ def test_published_sides_must_be_multiples_of_64() -> None:
             ({name: 0}, f"network.{name} must be at least 1, got 0.")
             for name in ("lq_size", "model_channels", "num_blocks", "embed_dim", "num_heads", "window_size")
         ),
-        ({"channel_mult": ()}, "network.channel_mult must hold whole numbers from 1 up, got ()."),
-        ({"channel_mult": (1, 0)}, "network.channel_mult must hold whole numbers from 1 up, got (1, 0)."),
+        ({"channel_mult": ()}, "network.channel_mult must be whole numbers of at least 1, got ()."),
+        ({"channel_mult": (1, 0)}, "network.channel_mult must be whole numbers of at least 1, got (1, 0)."),
         ({"model_channels": 40}, "network.model_channels must be a multiple of 16 (norm groups), got 40."),
         ({"embed_dim": 48}, "network.embed_dim must be a multiple of 32 (its norms have 32 groups), got 48."),
         ({"num_heads": 3}, "network.num_heads must divide embed_dim (32), got 3."),

@@ -142,12 +142,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save({"params": Evil(), "params_ema": {}}, evil)
     torch.save({"state_dict": {}}, other)
     cases = {
-        "empty": (b"", "is no checkpoint"),
-        "text": (b"not a checkpoint", "is no checkpoint"),
-        "truncated": (whole[: len(whole) // 2], "is no checkpoint"),
+        "empty": (b"", "is not a checkpoint"),
+        "text": (b"not a checkpoint", "is not a checkpoint"),
+        "truncated": (whole[: len(whole) // 2], "is not a checkpoint"),
         "archive": (archive.getvalue(), "is damaged"),
         "evil": (evil.getvalue(), "more than tensors"),
-        "other": (other.getvalue(), "must hold the keys params and params_ema, and holds state_dict"),
+        "other": (other.getvalue(), "must hold the keys params and params_ema, but holds state_dict"),
     }
     for name, (data, message) in cases.items():
         path = tmp_path / f"{name}.pth"

@@ -13,6 +13,7 @@ import torch
 
 from ctmsr.config import from_dict
 from ctmsr.model import checkpoint
+from ctmsr.model.graphs import replay_graphs
 from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 
 from ..config.defaults import MODEL_NAME
@@ -54,6 +55,7 @@ class CheckpointModel:
         sigma_max = manifest.config["schedule"]["sigma_max"]
         settings = from_dict(InferenceConfig, manifest.config["inference"], "inference")
         model = for_inference(model, "cuda" if torch.cuda.is_available() else "cpu", settings)
+        model = replay_graphs(model)
         return lambda lq_u8, seed: upscale(model, lq_u8, sigma_max=sigma_max, seed=seed, config=settings)
 
 

@@ -40,11 +40,11 @@ run_part() {
     tests) gpu_tests ;;
     parity) measure parity --json "$out/parity.json" $(sized "" "--sizes tiny") ;;
     steps) measure train_step --kit "$kit" --json "$out/steps.json" \
-        $(sized "--preset published --batch 8 --rounds 15" "--batch 1 --rounds 1 --warm-up 1") ;;
+        $(sized "--preset published --batch 8 --rounds 15 --compiled" "--batch 1 --rounds 1 --warm-up 1") ;;
     curves) measure train_step --kit "$kit" --json "$out/curves.json" \
         $(sized "--batch 16 --rounds 200" "--batch 1 --rounds 2 --warm-up 1") ;;
     inference) measure inference --json "$out/inference.json" \
-        $(sized "--preset published" "--sizes 32 --not-compiled 48 --rounds 1") ;;
+        $(sized "--preset published" "--sizes 32 --rounds 1") ;;
     ablation) measure ablation --kit "$kit" --photos "$photos" --results "$out/ablation.json" \
         $(sized "--network even --seconds ${ABLATION_SECONDS:-5}" "--network tiny --seconds 0 --steps 2 --seeds 1 --pairs 8
             --eval-photos 1 --eval-size 192 --draws 1 --processes 1 --set train.global_batch_size=2 train.micro_batch_size=2") ;;

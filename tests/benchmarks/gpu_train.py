@@ -206,6 +206,7 @@ def main() -> None:
         "--stage", action="append", metavar="'SHARE KEY=VALUE ...'", help=f"in order; default {STAGES}"
     )
     parser.add_argument("--init", type=Path, help="checkpoint to begin with")
+    parser.add_argument("--compile", action="store_true", help="takes two minutes first")
     parser.add_argument("--train-state", action="store_true", help="save what resuming needs, too")
     parser.add_argument("--save-every", type=float, default=60, help="seconds; default %(default)s")
     parser.add_argument("--processes", type=int, help="that degrade; default: all cores but one")
@@ -269,7 +270,11 @@ def run(arguments: argparse.Namespace) -> None:
     is_gpu = device.type == "cuda"
     lpips = load_lpips(config.loss.lpips_net, "bf16" if is_gpu else "fp32")
     trainer = LocalTrainer(
-        config.network, lpips, device, bf16=config.train.precision == "bf16" and is_gpu, compiled=is_gpu
+        config.network,
+        lpips,
+        device,
+        bf16=config.train.precision == "bf16" and is_gpu,
+        compiled=arguments.compile,
     )
     keeper = Keeper(arguments.into, arguments.save_every, 0.0, arguments.train_state, config)
     arguments.into.mkdir(parents=True, exist_ok=True)

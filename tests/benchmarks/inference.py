@@ -6,6 +6,7 @@ as written down, with the noise drawn on the host.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -19,8 +20,9 @@ import torch
 
 from ctmsr.metrics.full_reference import psnr_y
 from ctmsr.model.device import use_fast_math
-from ctmsr.model.inference import InferenceConfig, upscale
-from ctmsr.model.network import ConsistencyModel, bf16_copy
+from ctmsr.model.graphs import replay_graphs
+from ctmsr.model.inference import InferenceConfig, for_inference, upscale
+from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 
 from .machine import machine
@@ -36,7 +38,6 @@ class Form:
 
     name: str
     upscaler: Upscaler
-    is_compiled: bool = False
 
 
 def forms(model: ConsistencyModel, sigma_max: float, device: torch.device) -> list[Form]:
@@ -44,19 +45,15 @@ def forms(model: ConsistencyModel, sigma_max: float, device: torch.device) -> li
     config = InferenceConfig(noise_version=1)
     plain = partial(upscale, plain_network(model), sigma_max=sigma_max, config=config)
     ours = InferenceConfig(batch_tiles=16)
+    bf16 = InferenceConfig(precision="bf16")
     found = [
         Form("plain", lambda lq_u8: torch_defaults(lambda: plain(lq_u8))),
         Form("ours in float32", partial(upscale, model, sigma_max=sigma_max, config=ours)),
     ]
     if device.type == "cuda":
-        fast, compiled = (
-            bf16_copy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for _ in range(2)
-        )
-        compiled.model.compile(dynamic=False)
-        for name, network in (("+ bf16, channels_last", fast), ("+ torch.compile", compiled)):
-            upscaler = partial(upscale, network, sigma_max=sigma_max, config=ours)
-            found.append(Form(name, upscaler, is_compiled=network is compiled))
+        fast, replayed = (for_inference(copy.deepcopy(model), device, bf16) for _ in range(2))
+        for name, network in (("+ bf16, channels_last", fast), ("+ CUDA graph", replay_graphs(replayed))):
+            found.append(Form(name, partial(upscale, network, sigma_max=sigma_max, config=ours)))
     return found
 
 
@@ -88,8 +85,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="small", choices=list(PRESETS))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="LR px")
-    parser.add_argument("--not-compiled", type=int, nargs="*", default=[512], help="more")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="LR px")
     parser.add_argument("--rounds", type=int, default=20, help="default %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU; default %(default)s")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
@@ -104,11 +100,8 @@ def main() -> None:
     print(f"{machine(device)}, preset {arguments.preset}")
     figures = {"machine": machine(device), "preset": arguments.preset, "sizes": {}}
     for side in arguments.sizes:
-        figures["sizes"][side] = report(model, found, side, arguments.rounds, device)
-        write(figures, arguments.json)
-    eager = [form for form in found if not form.is_compiled]
-    for side in arguments.not_compiled:
-        figures["sizes"][side] = report(model, eager, side, max(2, arguments.rounds // 4), device)
+        rounds = max(2, arguments.rounds * 64 // max(64, side))
+        figures["sizes"][side] = report(model, found, side, rounds, device)
         write(figures, arguments.json)
 
 

@@ -1,7 +1,8 @@
 """CT training steps, ours against a plain form of them: `python -m tests.benchmarks.train_step --help`.
 
 Needs no Ray. The variants take turns, a step each, and the table holds medians; every variant begins with the
-same weights and gets the same batches, so that after equal steps their losses can be compared.
+same weights and gets the same batches, so that after equal steps their losses can be compared. All have the
+published objective, whatever the preset's own.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.model.attention import WindowAttention
 from ctmsr.model.device import use_fast_math
 from ctmsr.model.network import ConsistencyModel, bf16_copy
+from ctmsr.training.losses import LossConfig
 from ctmsr.training.objective import Batch
 from ctmsr.training.state import build_state
 from ctmsr.training.step import CompileMode, compile_step, train_step
@@ -60,8 +62,12 @@ GPU = (
     Variant("+ LPIPS in bf16", channels_last=True, bf16_lpips=True),
     Variant("+ autocast to bf16", channels_last=True, bf16_lpips=True, autocast=True),
     Variant("  or a bf16 copy of the weights", channels_last=True, bf16_lpips=True, bf16_copy=True),
-    Variant("+ torch.compile", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="default"),
 )
+COMPILED = (
+    Variant("+ torch.compile", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="default"),
+    Variant("+ CUDA graphs", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="reduce-overhead"),
+)
+"""Compiling the published network takes minutes, or seconds where TORCHINDUCTOR_CACHE_DIR remembers it."""
 
 
 def torch_defaults(compute: Callable[[], Result]) -> Result:
@@ -147,6 +153,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
     )
     parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
+    parser.add_argument("--compiled", action="store_true", help="compiled forms, too; takes minutes")
     parser.add_argument("--json", type=Path, help="write figures and losses there, too")
     arguments = parser.parse_args()
     if arguments.kit:
@@ -154,7 +161,7 @@ def main() -> None:
     use_fast_math()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(arguments.threads)
-    config = PRESETS[arguments.preset]()
+    config = replace(PRESETS[arguments.preset](), loss=LossConfig())
     size = arguments.batch or config.train.global_batch_size // config.train.num_workers
     torch.manual_seed(0)
     model = ConsistencyModel(config.network).to(device)
@@ -168,7 +175,8 @@ def main() -> None:
             "+ fused attention": {"skip_known_target": True, "fused_attention": True},
         }.items()
     }
-    for variant in (OURS, *(GPU if device == "cuda" else ())):
+    variants = (OURS, *(GPU if device == "cuda" else ()), *(COMPILED if arguments.compiled else ()))
+    for variant in variants:
         steps[variant.name] = our_step(variant, model, config)
     results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)
     report(config, model, size, device, results)

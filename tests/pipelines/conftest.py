@@ -14,6 +14,6 @@ def bucket(s3: S3, photos: dict[str, bytes]) -> str:
 
 @pytest.fixture(scope="session")
 def trained(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The run `first`, to be read; its MLflow database takes other runs, too."""
-    config = run_config(bucket, tmp_path_factory.mktemp("training"))
+    """The run `first`, to be read, in bf16 as runs on GPUs are; its MLflow database takes other runs, too."""
+    config = run_config(bucket, tmp_path_factory.mktemp("training"), "train.precision=bf16")
     return Trained(config, run_to_end(config))

@@ -6,7 +6,9 @@ LPIPS comes from the cache, or from the file of `lpips_tensors("vgg")` that CTMS
 import copy
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from ctmsr.metrics.full_reference import psnr_y
 from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model.device import prefetch, use_fast_math
-from ctmsr.model.inference import InferenceConfig, upscale
+from ctmsr.model.graphs import replay_graphs
+from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.model.noise import normal, position_noise
 from ctmsr.model.schedule import ScheduleConfig
@@ -181,14 +184,27 @@ def test_pictures_are_those_of_the_cpu() -> None:
     assert difference.mean() < 0.3
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_bf16_pictures_are_near_those_of_float32(mode: CompileMode | None) -> None:
+@pytest.mark.parametrize("replayed", [False, True])
+def test_bf16_pictures_are_near_those_of_float32(replayed: bool) -> None:
     torch.manual_seed(0)
     model = ConsistencyModel(NETWORK).eval()
     expected = upscale(model, picture(), sigma_max=1.0)
-    fast = bf16_copy(model).to(GPU, memory_format=LAST)  # type: ignore[call-overload]
-    if mode:
-        fast.model.compile(mode=mode, dynamic=False)
+    config = InferenceConfig(precision="bf16")
+    fast = for_inference(copy.deepcopy(model), GPU, config)
+    fast = replay_graphs(fast) if replayed else fast
     for _ in range(3):
-        found = upscale(fast, picture(), sigma_max=1.0, config=InferenceConfig(precision="bf16"))
-    assert psnr_y(found, expected, crop_border=0) > 45
+        found = upscale(fast, picture(), sigma_max=1.0, config=config)
+        assert psnr_y(found, expected, crop_border=0) > 45
+
+
+def test_replayed_graphs_give_the_same_pictures_of_every_shape_and_from_every_thread() -> None:
+    config = InferenceConfig(tile=48, overlap=16, batch_tiles=2)
+    model = for_inference(filled_model(NETWORK), GPU, config)
+    pictures = [np.ascontiguousarray(picture()[: 40 + 10 * size]) for size in range(6)]
+    expected = [upscale(model, pixels, sigma_max=1.0, seed=3, config=config) for pixels in pictures]
+    replay_graphs(model)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            upscaled = partial(upscale, model, sigma_max=1.0, seed=3, config=config)
+            for found, right in zip(threads.map(upscaled, pictures), expected, strict=True):
+                np.testing.assert_array_equal(found, right)

@@ -100,6 +100,13 @@ class Evaluation:
         names = {name: None for row in self.rows for name in row if name != "key"}  # in order
         return {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in names}
 
+    def by_picture(self, name: str) -> list[float]:
+        """A score of each picture, in their order: the mean over its draws, which share a key."""
+        draws: dict[str, list[float]] = {}
+        for row in self.rows:
+            draws.setdefault(row["key"], []).append(row[name])
+        return [float(np.mean(scores)) for scores in draws.values()]
+
 
 def score(
     upscale: Callable[[np.ndarray], np.ndarray],

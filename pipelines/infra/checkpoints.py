@@ -25,6 +25,9 @@ from .storage import delete_folder, download_folder, list_sizes, open_uri, read_
 STARTER = "starter"
 """Accepted instead of a checkpoint's URI: the model included in the package, in pipelines/starter/."""
 
+LPIPS_BY_PICTURE = "lpips_by_picture"
+"""In `Stored.meta`: the LPIPS of each picture of data.val_uri, without its name, which would be released."""
+
 _PREFIX = "checkpoint_"
 
 

@@ -1,7 +1,8 @@
 """A checkpoint as a version of a registered MLflow model: `python -m pipelines.register --help`.
 
-The version is loaded back from MLflow and must give the bytes of its checkpoint. Then it and the champion are
-scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or `challenger`.
+The version is loaded back from MLflow and must give the bytes of its checkpoint. Then it, bicubic and the
+champion are scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or
+`challenger`. The first champion must not be worse than bicubic, each later one must beat the one before too.
 """
 
 import argparse
@@ -92,9 +93,13 @@ def _tell(config: "RunConfig", decision: "Decision", checkpoint_uri: str) -> Non
     alias = CHAMPION if decision.is_promoted else CHALLENGER
     print(f"models:/{config.model_name}@{alias} is version {decision.version}, from {checkpoint_uri}")
     print(f"{'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}.")
-    if decision.champion != decision.version:
+    options = f"--tracking-uri {config.tracking_uri}"
+    if decision.champion is None:
+        print(f"{config.model_name} has no champion: upscale and serve go on using the starter model.")
+        options += f" --model models:/{config.model_name}@{CHALLENGER}"
+    elif decision.champion != decision.version:
         print(f"models:/{config.model_name}@{CHAMPION} is version {decision.champion}")
-    print(f"next: python -m pipelines.upscale PHOTO --output upscaled --tracking-uri {config.tracking_uri}")
+    print(f"next: python -m pipelines.upscale PHOTO --output upscaled {options}")
 
 
 def _roll_back(config: "RunConfig") -> int:

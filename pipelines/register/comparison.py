@@ -1,4 +1,4 @@
-"""Scores of registered models on one pinned set of pictures: what a promotion compares."""
+"""Scores of registered models and of bicubic on one pinned set of pictures: what a promotion compares."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ class Comparison:
         return self.held_out.protocol
 
     def score(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:
-        """Scores models by their own code, each in one Ray task.
+        """Scores models, and bicubic beside each, by their own code, each in one Ray task.
 
         Args:
             tracking_uri: From `tracking.runs.preflight`.
@@ -64,7 +64,9 @@ class Comparison:
         try:
             return ray.get([task.remote(self, tracking_uri, source) for source in sources])
         except ray.exceptions.RayError as error:
-            raise UserError(f"the comparison with the champion failed. {root_cause(error)}") from error
+            raise UserError(
+                f"the comparison with bicubic and the champion failed. {root_cause(error)}"
+            ) from error
 
 
 def find_comparison(config: RunConfig) -> Comparison:

@@ -25,7 +25,6 @@ def model_card(
     *,
     num_parameters: int,
     measured: Measured | None,
-    bicubic: Mapping[str, float],
     metrics: Mapping[str, float],
     origin: Mapping[str, str],
     requirements: list[str],
@@ -38,7 +37,6 @@ def model_card(
         manifest: Of the checkpoint.
         num_parameters: Of the network.
         measured: By the gate; None where it did not measure.
-        bicubic: Its scores on the same pictures.
         metrics: What else the checkpoint is known to have achieved, by name.
         origin: Further rows of the table of origin.
         requirements: Pinned packages.
@@ -50,7 +48,7 @@ def model_card(
         f"Photographs {scale} times as large in one network call (CTMSR, arXiv:2503.20349), "
         f"{num_parameters / 1e6:.1f} M parameters. It invents plausible detail: not evidence of anything.",
         "## Scores",
-        _scores(measured, bicubic, metrics),
+        _scores(measured, metrics),
         "## Use",
         _usage(model_name, requirements),
         "## Origin",
@@ -68,10 +66,10 @@ def with_sample(card: str) -> str:
     return f"{head}\n\n![LR, bicubic, this model, HR]({SAMPLE_FILE})\n\n{caption}{separator}{rest}"
 
 
-def _scores(measured: Measured | None, bicubic: Mapping[str, float], metrics: Mapping[str, float]) -> str:
+def _scores(measured: Measured | None, metrics: Mapping[str, float]) -> str:
     if measured is None:
         return _table({name: f"{value:.4f}" for name, value in metrics.items()}) or "Not measured."
-    columns = {"this model": measured.scores, "bicubic": bicubic}
+    columns = {"this model": measured.scores, "bicubic": measured.bicubic_scores}
     if measured.champion is not None:
         columns[f"version {measured.champion}, then champion"] = measured.champion_scores
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

@@ -11,6 +11,9 @@ to be written, and every registering process applies that until nothing is left 
 - The alias `champion` is on the highest version that was promoted and not rolled back, `challenger` on the
   highest that was refused.
 
+A version that is worse than bicubic on its pictures is refused whatever else there is, so a registry may have
+challengers alone: then there is no alias `champion`.
+
 "Better by a margin" is no order of versions: of two that both beat a third, neither may beat the other. So
 the champion is not "the best version" but what a queue would have made of them: each, in the order of the
 numbers, has beaten the champion that it found, and of two that register at once the second has to beat the
@@ -58,6 +61,7 @@ class Measured:
     champion: int | None
     """None where there was no champion."""
     champion_scores: Mapping[str, float]
+    bicubic_scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Decision:
     is_promoted: bool
     reason: str
     champion: str | None
-    """The champion's version now; None where the first version was refused."""
+    """The champion's version now; None where every version so far was refused."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def record(rule: RegisterConfig, measured: Measured | None) -> dict[str, str]:
             "gate.scores": json.dumps(dict(measured.scores)),
             "gate.champion": "" if measured.champion is None else str(measured.champion),
             "gate.champion_scores": json.dumps(dict(measured.champion_scores)),
+            "gate.bicubic_scores": json.dumps(dict(measured.bicubic_scores)),
         }
     return tags
 
@@ -142,15 +147,22 @@ def verdict(
 ) -> tuple[bool, str]:
     """Whether a version with these tags takes the place of `champion`, and why.
 
-    Without a champion, proof is enough: a version exists only if it was loaded back from the registry and
-    gave the bytes of its checkpoint. Otherwise `rule.metric` must gain `rule.margin`, and more than nothing,
-    while `rule.guard` loses `rule.guard_margin` at most; a score that is not a number never does.
+    Against bicubic, `rule.metric` must not lose and `rule.guard` lose `rule.guard_margin` at most; where
+    there is no champion, that is enough. Against the champion `rule.metric` must gain `rule.margin` besides,
+    and more than nothing. A score that is not a number never does. What was not measured can be champion
+    where there is none: a version exists only if it was loaded back and gave the bytes of its checkpoint.
     """
-    if champion is None:
-        return True, "there was no champion, and it gives the bytes of its checkpoint"
     if "gate.scores" not in tags:
+        if champion is None:
+            return True, "there was no champion, and it was not measured"
         return False, f"it was not measured against version {champion}, the champion"
-    mine = json.loads(tags["gate.scores"])
+    rule, mine = json.loads(tags[RULE]), json.loads(tags["gate.scores"])
+    if "gate.bicubic_scores" in tags:  # bicubic was not measured against before
+        compared = _against_bicubic(rule, mine, json.loads(tags["gate.bicubic_scores"]))
+        if champion is None or not compared[0]:
+            return compared
+    elif champion is None:
+        return True, "there was no champion, and it was not measured against bicubic"
     if tags["gate.champion"] == str(champion):
         theirs = json.loads(tags["gate.champion_scores"])
     elif champion_tags.get("gate.set_version") == tags["gate.set_version"]:
@@ -161,23 +173,39 @@ def verdict(
             f"({champion_tags.get('gate.set_version', 'none')}, not {tags['gate.set_version']}). "
             "Register it again"
         )
-    return _compare(json.loads(tags[RULE]), mine, theirs, champion)
+    return _against_champion(rule, mine, theirs, champion)
 
 
-def _compare(
+def _against_bicubic(
+    rule: Mapping[str, Any], mine: Mapping[str, float], bicubic: Mapping[str, float]
+) -> tuple[bool, str]:
+    gain, metric = _gain(rule["metric"], mine, bicubic)
+    guard_gain, guard = _gain(rule["guard"], mine, bicubic)
+    allowed = f"a loss of {-guard_gain:.4f}, {rule['guard_margin']:g} allowed"
+    if not gain >= 0:
+        return False, f"worse than bicubic: {metric}; {guard}"
+    if not -guard_gain <= rule["guard_margin"]:
+        return False, f"worse than bicubic: {guard}, {allowed}; {metric}"
+    return True, f"there was no champion, and it is not worse than bicubic: {metric}; {guard}"
+
+
+def _against_champion(
     rule: Mapping[str, Any], mine: Mapping[str, float], theirs: Mapping[str, float], champion: int
 ) -> tuple[bool, str]:
-    gains, words = {}, {}
-    for metric in (rule["metric"], rule["guard"]):
-        ours, other = (scores.get(metric, math.nan) for scores in (mine, theirs))
-        gains[metric] = ours - other if RISES[metric] else other - ours
-        words[metric] = f"{metric} {ours:.4f} against {other:.4f}"
-    gain, lost = gains[rule["metric"]], -gains[rule["guard"]]
-    passes = gain >= rule["margin"] and gain > 0 and lost <= rule["guard_margin"]
+    gain, metric = _gain(rule["metric"], mine, theirs)
+    guard_gain, guard = _gain(rule["guard"], mine, theirs)
+    passes = gain >= rule["margin"] and gain > 0 and -guard_gain <= rule["guard_margin"]
     return passes, (
-        f"{words[rule['metric']]} of version {champion}: a gain of {gain:.4f}, {rule['margin']:g} needed; "
-        f"{words[rule['guard']]}: a loss of {lost:.4f}, {rule['guard_margin']:g} allowed"
+        f"{metric} of version {champion}: a gain of {gain:.4f}, {rule['margin']:g} needed; "
+        f"{guard}: a loss of {-guard_gain:.4f}, {rule['guard_margin']:g} allowed"
     )
+
+
+def _gain(metric: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[float, str]:
+    """By how much ours is better, and both in words."""
+    ours, other = (scores.get(metric, math.nan) for scores in (mine, theirs))
+    gain = ours - other if RISES[metric] else other - ours
+    return gain, f"{metric} {ours:.4f} against {other:.4f}"
 
 
 def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
@@ -231,7 +259,7 @@ def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
     with tracking_errors(f"cannot roll back {model_name}"):
         seen = _aliases(client, model_name).get(CHAMPION)
         if seen is None:
-            raise TrackingError(f"{model_name} has no champion to roll back. Register a version first.")
+            raise TrackingError(f"{model_name} has no champion to roll back. Register a model first.")
         settle(client, model_name)
         promoted = [
             number

@@ -88,7 +88,8 @@ def register(
         metrics: What the checkpoint achieved; they become tags `metric.<name>` of the version.
         tags: Further tags of the version.
         rule: What it takes to become champion; None: the default.
-        comparison: Scores it and the champion. None measures nothing: then it can only be the first champion.
+        comparison: Scores it, bicubic and the champion. None measures nothing: then it can only be the first
+            champion.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -111,7 +112,6 @@ def register(
                 release.manifest,
                 num_parameters=release.num_parameters,
                 measured=measured,
-                bicubic={m: evaluation.means[f"bicubic_{m}"] for m in RISES} if evaluation else {},
                 metrics=metrics,
                 origin=dict(tags),
                 requirements=_requirements(),
@@ -188,7 +188,7 @@ def _prove(tracking_uri: str, source: str, release: _Release, checkpoint_folder:
 def _compare(
     client: MlflowClient, tracking_uri: str, name: str, logged: LoggedModel, comparison: Comparison | None
 ) -> tuple[Measured | None, Evaluation | None]:
-    """Scores a model, and the champion if there is one."""
+    """Scores a model, bicubic, and the champion if there is one."""
     champion = settle(client, name).get(CHAMPION)
     if comparison is None:
         return None, None
@@ -203,6 +203,7 @@ def _compare(
         scores,
         champion,
         champion_scores[0] if champion_scores else {},
+        {m: own.means[f"bicubic_{m}"] for m in RISES},
     )
     return measured, own
 

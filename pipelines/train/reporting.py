@@ -12,7 +12,7 @@ from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 
 from ctmsr.metrics.perceptual import load_lpips
-from ctmsr.metrics.scoring import score
+from ctmsr.metrics.scoring import Evaluation, score
 from ctmsr.model.inference import for_inference, upscale
 from ctmsr.training.state import TrainState
 
@@ -70,7 +70,7 @@ class Reporter:
         self._log({**losses, **speed, "lr": lr, "num_workers": self._num_workers}, step)
         self._restart_clock()
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> Evaluation:
         """Scores the EMA weights on the held-out pictures and logs scores and samples to MLflow."""
         started = time.monotonic()
         upscale_one = partial(
@@ -84,7 +84,7 @@ class Reporter:
         self._log({f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step)
         self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
         self._started += time.monotonic() - started  # excluded from the step rate
-        return evaluation.means
+        return evaluation
 
     def unsent(self) -> list[dict[str, Any]]:
         """Metrics that have not reached MLflow yet, for the checkpoint."""

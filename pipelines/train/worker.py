@@ -27,7 +27,7 @@ from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch
 from ..data.sample_order import rows_per_worker
-from ..infra.checkpoints import CheckpointWriter, fetched, newest
+from ..infra.checkpoints import LPIPS_BY_PICTURE, CheckpointWriter, fetched, newest
 from ..tracking.runs import git_commit
 from .reporting import Reporter
 
@@ -94,11 +94,13 @@ class _Leader:
 
     def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
         """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to go."""
-        metrics = {} if is_preempted else self.reporter.evaluate(state)
+        evaluation = None if is_preempted else self.reporter.evaluate(state)
+        metrics = evaluation.means if evaluation else {}
         meta = {
             "step": state.global_step,
             "samples_seen": state.global_step * self._config.train.global_batch_size,
             "metrics": metrics,
+            LPIPS_BY_PICTURE: evaluation.by_picture("lpips") if evaluation else [],
             "train_version": self._loop["train_version"],
             "num_workers": ray.train.get_context().get_world_size(),
             "commit": git_commit(),

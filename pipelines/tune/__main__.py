@@ -6,7 +6,7 @@ from ..infra.exit_status import run
 EXAMPLES = """\
   three short trials on this machine:
     python -m pipelines.tune --set name=first --set data.train_uri=photos/train --set data.val_uri=photos/val
-  then train with the best schedule:
+  then train with the best schedule, which is the run's own where none is better over the pictures:
     python -m pipelines.train --config runs/first-tune/best.json
   forty trials that aim by what the ones before scored, four at a time on the cluster of RAY_ADDRESS:
     python -m pipelines.tune --preset published --set tune.method=tpe --set tune.num_trials=40 \\
@@ -30,11 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     from ..infra.progress import progress_line
     from .run import check_search, search
     from .space import check_space
+    from .verdict import too_few
 
     if arguments.dry_run:
         check_space(config)
         return print_config(config)
     inputs = check_search(config, fresh=arguments.fresh)
+    if warning := too_few(len(inputs.val)):
+        print(warning)
     with ray_cluster(), progress_line() as progress:
         found = search(config, inputs, progress, fresh=arguments.fresh)
     print(found.report)

@@ -54,6 +54,8 @@ class Score:
 
     lpips: float
     psnr_y: float
+    lpips_by_picture: tuple[float, ...] = ()
+    """Of every picture the mean over its draws; nothing in checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a search tells at its end: a table, a sentence, and three plots."""
+"""What a search shows at its end: a table and three plots."""
 
 import io
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from ctmsr.model.schedule import trajectory_levels
 from ..config.run_config import RunConfig
 from .methods import Ranked, study_of
 from .space import is_inside, search_space, with_point
+from .verdict import chosen, is_own
 
 _COLOURS = colormaps["viridis_r"]
 _LEAST_TRIALS = 4
@@ -23,13 +24,13 @@ _LEAST_TRIALS = 4
 
 
 def table(trials: Sequence[Ranked]) -> str:
-    """The trials as lines of text, best first; the run's own point is marked `own`."""
-    keys = list(trials[0].trial.point)
+    """The trials as lines of text, best first; `own` is the run's own point, `*` what best.json holds."""
+    kept, keys = chosen(trials), list(trials[0].trial.point)
     names = [key.rpartition(".")[2] for key in keys]
     header = "".join(f"{name:>{_width(name)}}" for name in names)
     lines = [f"{'trial':<24}{header}{'steps':>8}{'LPIPS':>9}{'PSNR-Y dB':>11}{'objective':>11}"]
     for one in trials:
-        mark = f"{'*' if one is trials[0] else ' '} {one.trial.name}{' (own)' if is_own(one) else ''}"
+        mark = f"{'*' if one is kept else ' '} {one.trial.name}{' (own)' if is_own(one) else ''}"
         values = "".join(
             f"{one.trial.point[key]:>{_width(name)}.4g}" for key, name in zip(keys, names, strict=True)
         )
@@ -37,29 +38,6 @@ def table(trials: Sequence[Ranked]) -> str:
             f"{mark:<24}{values}{one.step:>8}{one.score.lpips:>9.4f}{one.score.psnr_y:>11.2f}{one.objective:>11.4f}"
         )
     return "\n".join(lines)
-
-
-def verdict(config: RunConfig, trials: Sequence[Ranked]) -> str:
-    """One sentence: what the search gained over the run's own schedule, or that it gained nothing."""
-    tune, best = config.tune, trials[0]
-    own = next((one for one in trials if is_own(one)), None)
-    budget = f"at {tune.ct_steps} CT + {tune.dtm_steps} DTM steps, on data.val_uri"
-    if own is None:
-        return (
-            f"the run's own schedule failed, so there is nothing to compare {best.trial.name} with, {budget}."
-        )
-    if best is own:
-        return f"no trial was better than the run's own schedule, {budget}: best.json holds that one."
-    return (
-        f"{best.trial.name} is better than the run's own schedule, {budget}: objective {best.objective:.4f} "
-        f"against {own.objective:.4f}, LPIPS {best.score.lpips:.4f} against {own.score.lpips:.4f}, "
-        f"PSNR-Y {best.score.psnr_y:.2f} against {own.score.psnr_y:.2f} dB."
-    )
-
-
-def is_own(one: Ranked) -> bool:
-    """Whether it is the trial of the run's own schedule."""
-    return one.trial.number == 0
 
 
 def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:

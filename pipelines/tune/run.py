@@ -24,9 +24,10 @@ from ..tracking.runs import ensure_experiment, find_run, finish_children, log_fi
 from ..train.run import Inputs, check_inputs
 from ..train.worker import LIBRARIES
 from .methods import FREE, Plan, Ranked, Score, Trial
-from .report import plots, table, verdict
+from .report import plots, table
 from .space import check_space, folder_uri, report_steps, with_point
 from .trial import kept_scores, run_trial
+from .verdict import chosen, verdict
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Search:
     trials: list[Ranked]
     """From best to worst, without those that failed."""
     config: RunConfig
-    """The run's config with the best point."""
+    """The run's config with the best point, or its own where none has been shown to be better."""
     config_uri: str
     """Where it is written, for `pipelines.train --config`."""
     report: str
@@ -151,7 +152,9 @@ class _Scores(FIFOScheduler):
         if "step" not in result:  # it ended without a score
             return TrialScheduler.CONTINUE
         known = Trial(**trial.config)
-        self._plan.scores[known.name][result["step"]] = Score(result["lpips"], result["psnr_y"])
+        self._plan.scores[known.name][result["step"]] = Score(
+            result["lpips"], result["psnr_y"], tuple(result["lpips_by_picture"])
+        )
         if result["step"] < self._last_step and self._plan.is_over(known):
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE  # at its last step it ends by itself
@@ -199,7 +202,7 @@ def _found(config: RunConfig, plan: Plan, errors: dict[str, str]) -> Search:
     if not trials:
         raise UserError(f"no trial of {folder} came to its end. {'; '.join(failures[:1])}")
     report = [table(trials), *failures, verdict(config, trials)]
-    best = with_point(config, trials[0].trial.point)
+    best = with_point(config, chosen(trials).trial.point)
     return Search(trials, best, f"{folder}/best.json", "\n".join(report))
 
 

@@ -7,6 +7,7 @@ an interruption.
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from ray import tune
@@ -17,7 +18,7 @@ from ctmsr.errors import DataError, StoreError
 from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.run_config import RunConfig
-from ..infra.checkpoints import Stored, complete, fetched
+from ..infra.checkpoints import LPIPS_BY_PICTURE, Stored, complete, fetched
 from ..infra.storage import delete_folder, list_sizes, upload_folder
 from ..train.retries import fit
 from ..train.run import Inputs, build_trainer, training_run
@@ -74,7 +75,7 @@ def _scores_told(run_uri: str) -> Iterator[None]:
         for step, score in sorted(_scores(list(complete(run_uri))).items()):
             if step not in told:
                 told.add(step)
-                tune.report({"step": step, "lpips": score.lpips, "psnr_y": score.psnr_y})
+                tune.report({"step": step, **asdict(score)})
 
     def watch() -> None:
         seen: object = None
@@ -97,11 +98,10 @@ def _scores_told(run_uri: str) -> Iterator[None]:
 
 
 def _scores(stored: list[Stored]) -> dict[int, Score]:
-    metrics = {one.step: one.meta["metrics"] for one in stored}
     return {
-        step: Score(one["lpips"], one["psnr_y"])
-        for step, one in metrics.items()
-        if one  # saved in a hurry, before a node went
+        one.step: Score(metrics["lpips"], metrics["psnr_y"], tuple(one.meta.get(LPIPS_BY_PICTURE, ())))
+        for one in stored
+        if (metrics := one.meta["metrics"])  # else saved in a hurry, before a node went
     }
 
 

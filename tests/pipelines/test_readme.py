@@ -28,7 +28,8 @@ from tests.support.servers.ray_nodes import free_port
 
 README = ROOT / "README.md"
 TINY = (
-    "network.lq_size=16",
+    "init_uri=starter",
+    "optim.lr=1e-5",
     "data.eval_crop_size=64",
     "data.eval_draws=1",
     "train.global_batch_size=4",

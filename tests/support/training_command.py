@@ -15,6 +15,7 @@ BATCH = 8
 SETTINGS = (
     "experiment=nodes",
     "network.lq_size=16",
+    "network.channel_mult=[1, 2]",
     "data.eval_crop_size=64",
     "data.eval_draws=1",
     "optim.dtm_refresh_steps=20",

@@ -98,11 +98,27 @@ def test_a_worse_challenger_is_refused_and_a_better_one_promoted_on_record(regis
         "lpips 0.4100 against 0.4000 of version 1: a gain of -0.0100, 0.002 needed"
     )
     assert json.loads(tags["gate.scores"]) == {"lpips": 0.41, "psnr_y": 25.0, "ssim_y": 0.7}
+    assert json.loads(tags["gate.bicubic_scores"]) == {"lpips": 0.95, "psnr_y": 24.0, "ssim_y": 0.6}
     assert json.loads(tags["gate.champion_scores"]) == {"lpips": 0.4, "psnr_y": 25.0, "ssim_y": 0.7}
     assert tags["gate.champion"] == "1"
     assert (tags["gate.set_version"], tags["gate.protocol"]) == ("a", "as stated")
     assert json.loads(tags["gate.rule"])["margin"] == 0.002
     assert time.strptime(tags["gate.decided_at"], "%Y-%m-%dT%H:%M:%SZ")
+
+
+def test_without_one_that_is_as_good_as_bicubic_there_is_no_champion(registry: Registry) -> None:
+    noisy = register_stated(registry.uri, registry.checkpoint("noisy", lpips=0.96))
+    assert (noisy.version, noisy.is_promoted, noisy.champion) == ("1", False, None)
+    assert noisy.reason == "worse than bicubic: lpips 0.9600 against 0.9500; psnr_y 25.0000 against 24.0000"
+    blurry = register_stated(registry.uri, registry.checkpoint("blurry", lpips=0.5, psnr_y=23.7))
+    assert (blurry.is_promoted, blurry.champion) == (False, None)
+    assert "psnr_y 23.7000 against 24.0000, a loss of 0.3000, 0.2 allowed" in blurry.reason
+    assert (registry.alias(CHAMPION), registry.alias(CHALLENGER)) == (None, 2)
+    with pytest.raises(TrackingError, match="toy has no champion to roll back"):
+        rollback(registry.uri, "toy")
+    first = register_stated(registry.uri, registry.checkpoint("first", lpips=0.9, psnr_y=23.9))
+    assert (first.is_promoted, registry.check_champion()) == (True, 3)
+    assert first.reason.startswith("there was no champion, and it is not worse than bicubic: lpips 0.9000")
 
 
 def test_a_version_that_was_not_measured_replaces_nothing(registry: Registry) -> None:

@@ -173,7 +173,7 @@ def test_a_version_holds_code_weights_licence_and_card_but_no_pickle(
     for text in (
         "# toy\n",
         "![LR, bicubic, this model, HR](sample.png)",
-        "| LPIPS | 0.4000 | 0.5000 |",
+        "| LPIPS | 0.4000 | 0.9500 |",
         "as stated. Evaluation set a.",
         'mlflow.pyfunc.load_model("models:/toy@champion")',
         "| train_version | 0123456789abcdef |",
@@ -186,7 +186,7 @@ def test_a_version_holds_code_weights_licence_and_card_but_no_pickle(
     description = connect(registry.uri).get_model_version("toy", registry.version).description
     assert description is not None
     assert "sample.png" not in description
-    assert "| LPIPS | 0.4000 | 0.5000 |" in description
+    assert "| LPIPS | 0.4000 | 0.9500 |" in description
 
 
 def test_the_signature_says_what_comes_out_and_the_example_goes_in(

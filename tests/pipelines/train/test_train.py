@@ -145,7 +145,7 @@ def test_other_scales_train_evaluate_and_upscale(
     assert register_main(options) == 0
     picture = tmp_path / "photo.png"
     picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)))
-    registry = ["--model", f"models:/{name}@champion", "--tracking-uri", config.tracking_uri]
+    registry = ["--model", f"models:/{name}/1", "--tracking-uri", config.tracking_uri]
     assert upscale_main([str(picture), "--output", str(tmp_path), *registry]) == 0
     capsys.readouterr()
     sr_u8 = decode((tmp_path / f"photo_x{scale}.png").read_bytes(), name="photo")
@@ -156,9 +156,18 @@ def test_other_scales_train_evaluate_and_upscale(
 def test_register_releases_the_bytes_of_the_checkpoint(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """After twelve steps it is worse than bicubic, and the command says what that means."""
     assert register_main(trained.options) == 0
-    assert f"@champion is version 1, from {trained.outcome.checkpoint_uri}" in capsys.readouterr().out
-    released = load_model(trained.config.tracking_uri, f"models:/{trained.config.model_name}@champion")
+    printed, name = capsys.readouterr().out, trained.config.model_name
+    assert f"models:/{name}@challenger is version 1, from {trained.outcome.checkpoint_uri}" in printed
+    said = re.search(r"not promoted: worse than bicubic: lpips (\S+) against ([0-9.]+);", printed)
+    assert said
+    metrics = trained.outcome.metrics
+    expected = [metrics["lpips"], metrics["bicubic_lpips"]]
+    assert [float(text) for text in said.groups()] == pytest.approx(expected, abs=2e-4)
+    assert f"{name} has no champion: upscale and serve go on using the starter model." in printed
+    assert printed.rstrip().endswith(f"--model models:/{name}@challenger")
+    released = load_model(trained.config.tracking_uri, f"models:/{name}@challenger")
     lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)
     with fetched(trained.outcome.checkpoint_uri) as folder:
         model, _ = checkpoint.load_model(folder)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -26,12 +26,24 @@ from pipelines.register.promotion import (
 )
 
 RULE = RegisterConfig(margin=0.01, guard_margin=0.2)
+BICUBIC = 35 / 256
+"""LPIPS of bicubic, where the loop is tested: some of the scores there are worse."""
 
 
-def measured(lpips: float, psnr_y: float = 25.0, *, against: tuple[int, float] | None = None) -> Measured:
+def measured(
+    lpips: float,
+    psnr_y: float = 25.0,
+    *,
+    against: tuple[int, float] | None = None,
+    bicubic: tuple[float, float] = (1.0, 24.0),
+) -> Measured:
+    """LPIPS and PSNR-Y of a version and of bicubic, and the champion's number and LPIPS."""
     champion, champion_lpips = against or (None, 0.0)
     champion_scores = {"lpips": champion_lpips, "psnr_y": 25.0} if against else {}
-    return Measured("a", "words", {"lpips": lpips, "psnr_y": psnr_y}, champion, champion_scores)
+    scores, baseline = (
+        dict(zip(("lpips", "psnr_y"), pair, strict=True)) for pair in ((lpips, psnr_y), bicubic)
+    )
+    return Measured("a", "words", scores, champion, champion_scores, baseline)
 
 
 # --- the rule ---
@@ -47,8 +59,6 @@ def measured(lpips: float, psnr_y: float = 25.0, *, against: tuple[int, float] |
         (0.45, 30.0, False),
         (0.3, 24.8, True),
         (0.3, 24.7, False),
-        (float("nan"), 25.0, False),
-        (0.3, float("nan"), False),
     ],
 )
 def test_a_challenger_must_gain_the_margin_and_lose_no_more_than_the_guard(
@@ -68,11 +78,51 @@ def test_of_other_scores_more_is_better_and_at_margin_0_any_gain_will_do() -> No
         assert verdict(record(rule, measured(0.5, psnr_y, against=(1, 0.4))), 1, {})[0] is passes
 
 
-def test_without_a_champion_proof_is_enough_and_without_scores_it_takes_no_place() -> None:
-    assert verdict(record(RULE, None), None, {}) == (
+@pytest.mark.parametrize("champion", [None, 1])
+@pytest.mark.parametrize(
+    ("lpips", "psnr_y", "reason"),
+    [
+        (0.61, 25.0, "worse than bicubic: lpips 0.6100 against 0.5700; psnr_y 25.0000 against 24.0000"),
+        (0.3, 23.7, "worse than bicubic: psnr_y 23.7000 against 24.0000, a loss of 0.3000, 0.2 allowed"),
+        (float("nan"), 25.0, "worse than bicubic: lpips nan against 0.5700"),
+        (0.3, float("nan"), "worse than bicubic: psnr_y nan against 24.0000"),
+        (0.57, 23.8, None),
+        (0.5, 30.0, None),
+    ],
+)
+def test_what_is_worse_than_bicubic_is_never_promoted(
+    champion: int | None, lpips: float, psnr_y: float, reason: str | None
+) -> None:
+    """The first needs no margin; the champion that there is in other cases is worse still."""
+    scores = measured(lpips, psnr_y, against=(1, 0.9) if champion else None, bicubic=(0.57, 24.0))
+    scores = replace(scores, champion_scores={"lpips": 0.9, "psnr_y": 20.0} if champion else {})
+    decided, said = verdict(record(RULE, scores), champion, {})
+    assert decided is (reason is None)
+    if reason:
+        assert said.startswith(reason)
+    elif champion is None:
+        assert said.startswith("there was no champion, and it is not worse than bicubic: lpips ")
+
+
+def test_the_comparison_with_bicubic_is_by_the_rule_that_was_asked_for() -> None:
+    rule = RegisterConfig(metric="psnr_y", guard="lpips", guard_margin=0.1)
+    for lpips, psnr_y, passes in ((0.66, 24.1, True), (0.68, 24.1, False), (0.3, 23.9, False)):
+        scores = measured(lpips, psnr_y, bicubic=(0.57, 24.0))
+        assert verdict(record(rule, scores), None, {})[0] is passes
+
+
+def test_what_was_recorded_before_bicubic_was_is_compared_with_the_champion_alone() -> None:
+    tags = record(RULE, measured(0.8, against=(1, 0.9), bicubic=(0.5, 24.0)))
+    del tags["gate.bicubic_scores"]
+    assert verdict(tags, 1, {})[0]
+    assert verdict(tags, None, {}) == (
         True,
-        "there was no champion, and it gives the bytes of its checkpoint",
+        "there was no champion, and it was not measured against bicubic",
     )
+
+
+def test_without_scores_it_is_champion_where_there_is_none_and_replaces_nobody() -> None:
+    assert verdict(record(RULE, None), None, {}) == (True, "there was no champion, and it was not measured")
     assert verdict(record(RULE, None), 4, {}) == (
         False,
         "it was not measured against version 4, the champion",
@@ -117,7 +167,7 @@ class Shelf:
         champion = self.aliases.get(CHAMPION)
         yield
         theirs = json.loads(self.versions[champion]["gate.scores"])["lpips"] if champion else 0.0
-        scores = measured(lpips, against=(champion, theirs) if champion else None)
+        scores = measured(lpips, against=(champion, theirs) if champion else None, bicubic=(BICUBIC, 24.0))
         self.versions[len(self.versions) + 1] = record(RULE, scores)
         yield from self.settle()
 
@@ -156,12 +206,11 @@ class Shelf:
         return [n for n, t in self.versions.items() if t.get(DECISION) == PROMOTED and ROLLED_BACK not in t]
 
 
-def queue(lpips: list[float]) -> int:
+def queue(lpips: list[float]) -> int | None:
     """The champion of registrations one after another."""
-    champion = 1
-    for number in range(2, len(lpips) + 1):
-        gain = lpips[champion - 1] - lpips[number - 1]
-        if gain >= RULE.margin:
+    champion = None
+    for number, ours in enumerate(lpips, 1):
+        if ours <= BICUBIC and (champion is None or lpips[champion - 1] - ours >= RULE.margin):
             champion = number
     return champion
 
@@ -192,7 +241,7 @@ def test_registrations_in_any_order_of_steps_end_as_a_queue_would(
         pass
     registered = [json.loads(tags["gate.scores"])["lpips"] for tags in shelf.versions.values()]
     if registered:
-        assert shelf.aliases[CHAMPION] == queue(registered)
+        assert shelf.aliases.get(CHAMPION) == queue(registered)
         refused = [n for n, tags in shelf.versions.items() if tags[DECISION] == REFUSED]
         assert shelf.aliases.get(CHALLENGER) == max(refused, default=None)
 
@@ -203,7 +252,7 @@ def test_what_was_rolled_back_is_never_champion_again(
     scores: list[float], steps: list[tuple[int, bool]]
 ) -> None:
     shelf = Shelf()
-    for lpips in (0.5, 0.4):
+    for lpips in (BICUBIC, BICUBIC - 0.02):
         for _ in shelf.register(lpips):
             pass
     running = {number: shelf.register(lpips) for number, lpips in enumerate(scores)}

@@ -17,7 +17,7 @@ from ctmsr.image import decode
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.tune.methods import FREE, Plan, Ranked, Score, Trial, asha_stops
-from pipelines.tune.report import importances, plots, table, verdict
+from pipelines.tune.report import importances, plots, table
 from pipelines.tune.space import (
     check_space,
     is_inside,
@@ -28,6 +28,7 @@ from pipelines.tune.space import (
     search_space,
     trial_config,
 )
+from pipelines.tune.verdict import chosen, too_few, verdict
 
 Scorer = Callable[[Trial, int], Score | None]
 
@@ -45,6 +46,20 @@ def by_chance(trial: Trial, step: int) -> Score:
 def near(sigma_max: float) -> Scorer:
     """The nearer to this sigma_max, the better."""
     return lambda trial, step: Score(abs(trial.point["schedule.sigma_max"] - sigma_max), 25.0)
+
+
+def on_pictures(sigma_max: float, *, number: int = 40, spread: float = 0.01) -> Scorer:
+    """As `near`; pictures differ by much in all trials alike, and by `spread` in each trial its own way."""
+    hardness = np.random.default_rng(0).normal(0, 0.3, number)
+
+    def score(trial: Trial, step: int) -> Score:
+        own = np.random.default_rng([trial.number, step]).normal(0, spread, number)
+        pictures = (
+            hardness + own - (hardness + own).mean() + abs(trial.point["schedule.sigma_max"] - sigma_max)
+        )
+        return Score(float(pictures.mean()), 25.0, tuple(pictures.tolist()))
+
+    return score
 
 
 def run(config: RunConfig, score: Scorer, order: random.Random, kill_share: float = 0.0) -> Plan:
@@ -254,7 +269,7 @@ def test_reports_are_even_and_the_last_is_at_the_end(total: int, steps: list[int
 
 def test_the_report_says_what_was_found() -> None:
     config = config_of("tune.num_trials=12")
-    ranked = run(config, near(1.2), random.Random(0)).ranking()
+    ranked = run(config, on_pictures(1.2), random.Random(0)).ranking()
     lines = table(ranked).splitlines()
     columns = (
         "sigma_max noise_rho res_rho s0 s1 dtm_weight dtm_t_min dtm_t_max steps LPIPS PSNR-Y dB objective"
@@ -262,20 +277,71 @@ def test_the_report_says_what_was_found() -> None:
     assert " ".join(lines[0].split()) == f"trial {columns}"
     assert [line[0] for line in lines] == ["t", "*", *" " * 11]
     assert sum("(own)" in line for line in lines) == 1
-    assert f"{ranked[0].trial.name} is better than the run's own schedule, at 5000 CT + 200 DTM" in verdict(
-        config, ranked
+    best, gain = ranked[0], ranked[0].score.lpips - 0.2  # the own sigma_max is 1.0
+    first, second = verdict(config, ranked).splitlines()
+    assert first.startswith(
+        f"best: {best.trial.name}, at 5000 CT + 200 DTM steps, on data.val_uri: "
+        f"sigma_max {best.trial.point['schedule.sigma_max']:.4g}, noise_rho "
     )
+    assert second.startswith(f"against the run's own schedule: LPIPS {gain:+.4f} ± 0.00")
+    assert second.endswith(
+        f"over 40 pictures (95%, as the best of 11): better. best.json holds {best.trial.name}."
+    )
+    assert chosen(ranked) is best
     matters = importances(config, ranked)
     assert max(matters, key=lambda key: matters[key]) == "schedule.sigma_max"
     assert sum(matters.values()) == pytest.approx(1)
 
 
+def own_of(ranked: list[Ranked]) -> Ranked:
+    return next(one for one in ranked if one.trial.number == 0)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (on_pictures(1.2, spread=1.0), " over 40 pictures (95%, as the best of 11): no difference. "),
+        (on_pictures(1.2, number=4), " over 4 pictures, and it takes 5 of data.val_uri or more to tell "),
+        (near(1.2), " over 0 pictures, and it takes 5 "),  # checkpoints from before there were such scores
+    ],
+)
+def test_without_a_difference_the_own_schedule_is_kept(score: Scorer, said: str) -> None:
+    config = config_of("tune.num_trials=12")
+    ranked = run(config, score, random.Random(0)).ranking()
+    best, own = ranked[0], own_of(ranked)
+    assert best.objective < own.objective
+    assert chosen(ranked) is own
+    told = verdict(config, ranked)
+    assert f"best: {best.trial.name}, " in told
+    assert said in told
+    assert told.endswith("best.json keeps the run's own.")
+    (marked,) = (line for line in table(ranked).splitlines() if line.startswith("*"))
+    assert marked.startswith("* trial-000 (own)")
+
+
+def test_with_more_trials_to_pick_from_a_gain_must_be_larger() -> None:
+    """One that is enough for the better of two is not for the best of many."""
+    config = config_of("tune.num_trials=12")
+    ranked = run(config, on_pictures(1.2, spread=0.13), random.Random(0)).ranking()
+    best, own = ranked[0], own_of(ranked)
+    assert chosen([best, own]) is best
+    assert chosen(ranked) is own
+    assert "over 40 pictures (95%): better." in verdict(config, [best, own])
+
+
 def test_the_report_says_that_nothing_was_found() -> None:
     config = config_of("schedule.sigma_max=1.2")
-    ranked = run(config, near(1.2), random.Random(0)).ranking()
+    ranked = run(config, on_pictures(1.2), random.Random(0)).ranking()
     assert verdict(config, ranked).startswith("no trial was better than the run's own schedule, at 5000 CT")
+    assert chosen(ranked).trial.number == 0
     failed = [one for one in ranked if one.trial.number != 0]
-    assert "own schedule failed, so there is nothing to compare trial-" in verdict(config, failed)
+    assert verdict(config, failed).endswith("own schedule failed, so there is nothing to compare it with.")
+    assert chosen(failed) is failed[0]
+
+
+def test_too_few_pictures_are_told_before_the_search() -> None:
+    assert too_few(4).startswith("warning: data.val_uri has 4 pictures, too few to tell trials apart")
+    assert too_few(5) == ""
 
 
 @pytest.mark.parametrize("num_trials", [1, 2, 12])

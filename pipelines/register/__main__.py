@@ -1,8 +1,8 @@
-"""A checkpoint as a version of a registered MLflow model: `python -m pipelines.register --help`.
+"""Register a checkpoint as a version of an MLflow model: `python -m pipelines.register --help`.
 
-The version is loaded back from MLflow and must give the bytes of its checkpoint. Then it, bicubic and the
-champion are scored on the same pictures, data.val_uri, and the gate gives it the alias `champion` or
-`challenger`. The first champion must not be worse than bicubic, each later one must beat the one before too.
+The uploaded model is loaded back from MLflow and must produce the same bytes as its checkpoint. Then it,
+bicubic and the champion are scored on the same pictures, data.val_uri, and the gate gives it the alias
+`champion` or `challenger`. A champion must not be worse than bicubic, and must beat any champion before it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from ctmsr.config import from_dict, override, to_dict
 from ..config.command_line import config_parser, print_config, resolve
 from ..infra.exit_status import run
 
-if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import, which --help does not wait for
+if TYPE_CHECKING:  # imports torch, Ray and MLflow, which takes seconds; --help should not wait for it
     from ctmsr.model.checkpoint import Manifest
 
     from ..config.run_config import RunConfig
@@ -25,10 +25,10 @@ EXAMPLES = """\
   any checkpoint, in a team's registry, compared on the team's pictures and degradation:
     python -m pipelines.register --checkpoint s3://bucket/runs/first/checkpoint_... --config gate.json \\
         --tracking-uri http://mlflow:5000
-  the champion of before is champion again:
+  go back to the previous champion:
     python -m pipelines.register --rollback --tracking-uri http://mlflow:5000
 
-Without --config, the settings are those that the checkpoint was trained with, under --set."""
+Without --config, the settings are those that the checkpoint was trained with, changed by --set."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = config_parser("register", __doc__ or "", EXAMPLES)
     parser.add_argument("--checkpoint", metavar="URI", help="default: the newest of the run")
     parser.add_argument(
-        "--rollback", action="store_true", help="register nothing: the previous champion is champion again"
+        "--rollback", action="store_true", help="register nothing; go back to the previous champion"
     )
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
@@ -55,7 +55,7 @@ def _register(arguments: argparse.Namespace, config: "RunConfig") -> int:
     from .run import register
 
     if arguments.tracking_uri:
-        preflight(config.tracking_uri)  # before a checkpoint is looked for and fetched
+        preflight(config.tracking_uri)  # before looking for a checkpoint and fetching it
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     with fetched(checkpoint_uri) as folder:
         manifest = checkpoint.read_manifest(folder)
@@ -63,7 +63,7 @@ def _register(arguments: argparse.Namespace, config: "RunConfig") -> int:
             config = _as_trained(manifest, arguments.overrides, arguments.tracking_uri)
         tracking_uri = preflight(config.tracking_uri)
         comparison = find_comparison(config)
-        metrics = manifest.meta.get("metrics", {})  # a converted one has none
+        metrics = manifest.meta.get("metrics", {})  # converted checkpoints have none
         with ray_cluster():
             decision = register(
                 folder,
@@ -75,19 +75,19 @@ def _register(arguments: argparse.Namespace, config: "RunConfig") -> int:
                 rule=config.register,
                 comparison=comparison,
             )
-    _tell(config, decision, checkpoint_uri)
+    _print_outcome(config, decision, checkpoint_uri)
     return 0
 
 
 def _as_trained(manifest: "Manifest", overrides: list[str], tracking_uri: str | None) -> "RunConfig":
-    """The config that a checkpoint was trained with, under what the command line sets."""
+    """The config that a checkpoint was trained with, changed by the options of the command line."""
     from ..config.run_config import RunConfig
 
     overrides = [*overrides, *([f"tracking_uri={tracking_uri}"] if tracking_uri else [])]
     return from_dict(RunConfig, override(to_dict(from_dict(RunConfig, manifest.config)), overrides))
 
 
-def _tell(config: "RunConfig", decision: "Decision", checkpoint_uri: str) -> None:
+def _print_outcome(config: "RunConfig", decision: "Decision", checkpoint_uri: str) -> None:
     from .promotion import CHALLENGER, CHAMPION
 
     alias = CHAMPION if decision.is_promoted else CHALLENGER
@@ -95,7 +95,7 @@ def _tell(config: "RunConfig", decision: "Decision", checkpoint_uri: str) -> Non
     print(f"{'promoted' if decision.is_promoted else 'not promoted'}: {decision.reason}.")
     options = f"--tracking-uri {config.tracking_uri}"
     if decision.champion is None:
-        print(f"{config.model_name} has no champion: upscale and serve go on using the starter model.")
+        print(f"{config.model_name} has no champion: upscale and serve keep using the starter model.")
         options += f" --model models:/{config.model_name}@{CHALLENGER}"
     elif decision.champion != decision.version:
         print(f"models:/{config.model_name}@{CHAMPION} is version {decision.champion}")

@@ -25,7 +25,7 @@ from ..tracking.models import load_from
 class Comparison:
     """The pictures of data.val_uri, cropped and degraded alike for every model.
 
-    The degradation is that of `config`, not what a model was trained with: all see the same LR pictures.
+    The degradation comes from `config`, not from a model's training, so that all see the same LR pictures.
     """
 
     config: RunConfig
@@ -46,18 +46,18 @@ class Comparison:
 
     @property
     def protocol(self) -> str:
-        """What the scores mean, in a line."""
+        """What the scores mean, in one line."""
         return self.held_out.protocol
 
     def score(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:
-        """Scores models, and bicubic beside each, by their own code, each in one Ray task.
+        """Scores each model, running its own code in a Ray task, and bicubic along with it.
 
         Args:
             tracking_uri: From `tracking.runs.preflight`.
             sources: URIs of the models' files.
 
         Raises:
-            UserError: A model does not load or is of another scale, or a picture cannot be read.
+            UserError: A model does not load or has another scale, or a picture cannot be read.
         """
         train = self.config.train
         task = _score_remotely.options(num_cpus=train.cpus_per_worker, num_gpus=int(train.use_gpu))
@@ -73,7 +73,7 @@ def find_comparison(config: RunConfig) -> Comparison:
     """Lists and checks the pictures of data.val_uri, before anything expensive starts.
 
     Raises:
-        UserError: There is no picture, one cannot be read, or there is no GPU where one is asked for.
+        UserError: There are no pictures, one cannot be read, or a GPU is required and there is none.
     """
     check_gpus(1, use_gpu=config.train.use_gpu)
     return Comparison(

@@ -1,4 +1,4 @@
-"""The README of a registered model: what it is, what it scored, what it was made of, how to load it."""
+"""The README of a registered model: what it is, its scores, where it comes from and how to load it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _LINEAGE = ("step", "samples_seen", "train_version", "commit", "converted_from")
 
 
 def lineage(manifest: Manifest) -> dict[str, str]:
-    """Where a checkpoint comes from, as far as it says: pictures, hash of their index, commit, step."""
+    """Where a checkpoint comes from, as far as it records it: pictures, hash of the index, commit, step."""
     found = {name: str(manifest.meta[name]) for name in _LINEAGE if manifest.meta.get(name) is not None}
     train_uri = manifest.config.get("data", {}).get("train_uri")
     return found | ({"train_uri": train_uri} if train_uri and "train_version" in found else {})
@@ -36,17 +36,17 @@ def model_card(
         model_name: In the registry.
         manifest: Of the checkpoint.
         num_parameters: Of the network.
-        measured: By the gate; None where it did not measure.
-        metrics: What else the checkpoint is known to have achieved, by name.
-        origin: Further rows of the table of origin.
+        measured: The gate's scores; None if it did not measure.
+        metrics: Other known scores of the checkpoint, by name.
+        origin: Further rows for the table of its origin.
         requirements: Pinned packages.
         licence: Of the weights.
     """
     scale = manifest.config["network"].get("scale", 4)
     parts = [
         f"# {model_name}",
-        f"Photographs {scale} times as large in one network call (CTMSR, arXiv:2503.20349), "
-        f"{num_parameters / 1e6:.1f} M parameters. It invents plausible detail: not evidence of anything.",
+        f"Enlarges photographs {scale} times in one network call (CTMSR, arXiv:2503.20349), with "
+        f"{num_parameters / 1e6:.1f} M parameters. It invents plausible detail: never use that as evidence.",
         "## Scores",
         _scores(measured, metrics),
         "## Use",
@@ -54,7 +54,7 @@ def model_card(
         "## Origin",
         _table({**lineage(manifest), **origin, **_libraries(manifest)}),
         "## Licence",
-        f"Weights: {licence}. The Python code that travels with them: Apache-2.0, see LICENSE.",
+        f"Weights: {licence}. The Python code shipped with them: Apache-2.0, see LICENSE.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -62,7 +62,7 @@ def model_card(
 def with_sample(card: str) -> str:
     """The card with the sample picture below its first paragraph."""
     head, separator, rest = card.partition("\n\n## ")
-    caption = "*LR, bicubic, this model, HR: pictures that it was not trained on.*"
+    caption = "*LR, bicubic, this model, HR, on pictures it was not trained on.*"
     return f"{head}\n\n![LR, bicubic, this model, HR]({SAMPLE_FILE})\n\n{caption}{separator}{rest}"
 
 
@@ -71,7 +71,7 @@ def _scores(measured: Measured | None, metrics: Mapping[str, float]) -> str:
         return _table({name: f"{value:.4f}" for name, value in metrics.items()}) or "Not measured."
     columns = {"this model": measured.scores, "bicubic": measured.bicubic_scores}
     if measured.champion is not None:
-        columns[f"version {measured.champion}, then champion"] = measured.champion_scores
+        columns[f"version {measured.champion}, champion at the time"] = measured.champion_scores
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, metric in METRICS.items():
         if name in measured.scores:
@@ -94,9 +94,9 @@ pixels = model.predict("photo.jpg", params={{"seed": 0}})  # uint8 (height, widt
 ```
 
 `predict` takes the path of a picture, its bytes, or a uint8 RGB array of any size, (height, width, 3) or
-(number, height, width, 3), or a list of these; large pictures are cut into tiles inside. The seed picks the
-invented detail. It runs on a GPU if there is one. Loading runs the Python code of this version: load it from
-a registry that you trust."""
+(number, height, width, 3), or a list of these; it works through large pictures in tiles. The seed selects the
+invented detail. It runs on a GPU if there is one. Loading runs the Python code of this version: load it only
+from a registry that you trust."""
 
 
 def _libraries(manifest: Manifest) -> dict[str, str]:

@@ -1,27 +1,29 @@
-"""Which version is the champion: a rule, a record on every version, and a loop that many may run at once.
+"""Which version is the champion: a rule, a record on every version, and a loop that many processes may run.
 
-MLflow can set an alias but not compare and set it, so who promotes must not matter. A version is created last
-of all, complete and proven, in one transaction with its record: what it scored, and what the champion of that
-moment scored on the same pictures. Its number is then its place in an order that all see alike, and nothing
-that comes later changes what was before it. `pending` derives from the versions of a registry what is still
-to be written, and every registering process applies that until nothing is left (`settle`):
+MLflow can set an alias but not compare-and-set it, so it must not matter which process promotes. A version is
+created last of all, complete and proven, in one transaction with its record: its own scores and those of the
+champion at that moment, on the same pictures. Its number is then its place in an order that is the same for
+every process, and nothing that comes later changes what was before it. `pending` derives from the versions of
+a registry what is still to be written, and every registering process applies that until nothing is left
+(`settle`):
 
 - A version without a decision is compared with the last version below it that was promoted and not rolled
-  back. Whoever computes this gets the same result, and the decision stays: it is a tag of the version.
-- The alias `champion` is on the highest version that was promoted and not rolled back, `challenger` on the
-  highest that was refused.
+  back. Every process that computes this gets the same result, and the decision is final: it is a tag of the
+  version.
+- The alias `champion` belongs to the highest version that was promoted and not rolled back, `challenger` to
+  the highest that was refused.
 
-A version that is worse than bicubic on its pictures is refused whatever else there is, so a registry may have
-challengers alone: then there is no alias `champion`.
+A version that is worse than bicubic on its pictures is refused in any case, so a registry may hold nothing
+but challengers; it then has no alias `champion`.
 
-"Better by a margin" is no order of versions: of two that both beat a third, neither may beat the other. So
-the champion is not "the best version" but what a queue would have made of them: each, in the order of the
-numbers, has beaten the champion that it found, and of two that register at once the second has to beat the
-first. One consequence is plain addition: every promotion may lose the guard margin again.
+"Better by a margin" does not order versions: of two that both beat a third, neither may beat the other. So
+the champion is not "the best version" but the outcome of a queue: in the order of their numbers, each version
+faces the champion it finds, and of two that are registered at once the second has to beat the first. As a
+consequence losses add up: every promotion may lose the guard margin again.
 
-A process that is killed leaves the old champion, or one that was promoted by the rule; the next registration
-or rollback finishes what it began. An alias that was moved by hand is moved back by the next one, too: use
-`--rollback`. A champion from before there was a gate counts as promoted.
+A process that is killed leaves either the old champion or one that the rule promoted; the next registration
+or rollback finishes its work. The next one also undoes an alias that was moved by hand: use `--rollback`
+instead. A champion from before the gate existed counts as promoted.
 """
 
 import json
@@ -46,12 +48,12 @@ PROMOTED, REFUSED = "promoted", "refused"
 RULE, DECISION, ROLLED_BACK = "gate.rule", "gate.decision", "gate.rolled_back"
 _RULE_FIELDS = ("metric", "margin", "guard", "guard_margin")
 RISES = {name: METRICS[name].rises for name in REFERENCE_METRICS}
-"""Whether more is better."""
+"""Whether a higher score is better."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a version scored, and the champion of that moment on the same pictures."""
+    """The scores of a version, and of the champion at that moment on the same pictures."""
 
     set_version: str
     """Hash of pictures, crops and degradation."""
@@ -59,7 +61,7 @@ class Measured:
     """The same in words."""
     scores: Mapping[str, float]
     champion: int | None
-    """None where there was no champion."""
+    """None if there was no champion."""
     champion_scores: Mapping[str, float]
     bicubic_scores: Mapping[str, float]
 
@@ -72,12 +74,12 @@ class Decision:
     is_promoted: bool
     reason: str
     champion: str | None
-    """The champion's version now; None where every version so far was refused."""
+    """The champion's version now; None if every version so far was refused."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """An alias to be moved to a version or, where `value` is set, a tag of it."""
+    """An alias to move to a version or, if `value` is set, a tag to set on it."""
 
     version: int
     name: str
@@ -91,13 +93,13 @@ class Write:
             client.set_model_version_tag(model_name, str(self.version), self.name, self.value)
 
     def is_done(self, client: MlflowClient, model_name: str) -> bool:
-        """Whether somebody has written it, perhaps with another value."""
+        """Whether some process has written it, perhaps with another value."""
         version = client.get_model_version(model_name, str(self.version))
         return self.name in (version.aliases if self.value is None else version.tags)
 
 
 def record(rule: RegisterConfig, measured: Measured | None) -> dict[str, str]:
-    """The tags that a version must be created with."""
+    """The tags to create a version with."""
     tags = {RULE: json.dumps({name: getattr(rule, name) for name in _RULE_FIELDS})}
     if measured:
         tags |= {
@@ -112,7 +114,7 @@ def record(rule: RegisterConfig, measured: Measured | None) -> dict[str, str]:
 
 
 def pending(versions: Mapping[int, Mapping[str, str]], aliases: Mapping[str, int], now: str) -> list[Write]:
-    """What a registry still lacks, in the order in which it must be written; nothing when it is settled.
+    """What remains to be written to a registry, in the order it must be written; empty once it is settled.
 
     Args:
         versions: Tags of every version, by its number.
@@ -128,8 +130,8 @@ def pending(versions: Mapping[int, Mapping[str, str]], aliases: Mapping[str, int
                 champion = latest.get(CHAMPION)
                 promoted, reason = verdict(tags, champion, versions[champion] if champion else {})
             elif aliases.get(CHAMPION) == number:
-                promoted, reason = True, "it was the champion before there was a gate"
-            else:  # made by other means
+                promoted, reason = True, "it was the champion before the gate existed"
+            else:  # not created by this project
                 continue
             decision = PROMOTED if promoted else REFUSED
             writes += [Write(number, "gate.reason", reason), Write(number, "gate.decided_at", now)]
@@ -147,17 +149,17 @@ def verdict(
 ) -> tuple[bool, str]:
     """Whether a version with these tags takes the place of `champion`, and why.
 
-    Against bicubic, `rule.metric` must not lose and `rule.guard` lose `rule.guard_margin` at most; where
-    there is no champion, that is enough. Against the champion `rule.metric` must gain `rule.margin` besides,
-    and more than nothing. A score that is not a number never does. What was not measured can be champion
-    where there is none: a version exists only if it was loaded back and gave the bytes of its checkpoint.
+    Compared with bicubic, `rule.metric` must not get worse, and `rule.guard` by `rule.guard_margin` at most;
+    without a champion, that is enough. Compared with the champion, `rule.metric` must also gain at least
+    `rule.margin`, and more than 0. A NaN score always fails. A version that was not measured can become
+    champion if there is none: it exists only because it was loaded back and gave its checkpoint's bytes.
     """
     if "gate.scores" not in tags:
         if champion is None:
             return True, "there was no champion, and it was not measured"
         return False, f"it was not measured against version {champion}, the champion"
     rule, mine = json.loads(tags[RULE]), json.loads(tags["gate.scores"])
-    if "gate.bicubic_scores" in tags:  # bicubic was not measured against before
+    if "gate.bicubic_scores" in tags:  # older versions were not compared with bicubic
         compared = _against_bicubic(rule, mine, json.loads(tags["gate.bicubic_scores"]))
         if champion is None or not compared[0]:
             return compared
@@ -202,7 +204,7 @@ def _against_champion(
 
 
 def _gain(metric: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[float, str]:
-    """By how much ours is better, and both in words."""
+    """By how much our score is better, and both scores in words."""
     ours, other = (scores.get(metric, math.nan) for scores in (mine, theirs))
     gain = ours - other if RISES[metric] else other - ours
     return gain, f"{metric} {ours:.4f} against {other:.4f}"
@@ -211,8 +213,9 @@ def _gain(metric: str, mine: Mapping[str, float], theirs: Mapping[str, float]) -
 def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
     """Decides what is undecided and moves the aliases; returns them, as version numbers.
 
-    It looks again after every write, and returns once a look found nothing to do. So of processes that do
-    this at once, the one that looks last leaves what `pending` wants, whoever else has written what.
+    Reads the registry again after every round of writes, and returns once nothing is left to do. So of
+    several processes doing this at once, the last to read leaves the registry as `pending` wants it, whatever
+    the others have written.
     """
     while True:
         versions = _versions(client, model_name)
@@ -227,11 +230,11 @@ def settle(client: MlflowClient, model_name: str) -> dict[str, int]:
             except MlflowException:
                 if not write.is_done(client, model_name):
                     raise
-                break  # another process was first, which some databases refuse: look again
+                break  # another process was first, and some databases reject the second write: read again
 
 
 def decision_of(client: MlflowClient, model_name: str, version: str) -> Decision:
-    """Settles, and tells what became of a version."""
+    """Settles the registry and returns the decision on a version."""
     aliases = settle(client, model_name)
     tags = answered(lambda: client.get_model_version(model_name, version)).tags
     champion = aliases.get(CHAMPION)
@@ -247,13 +250,13 @@ def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
     """Gives the alias `champion` back to the version that had it before.
 
     The version that loses it is marked before the alias moves, and is never promoted again; its checkpoint
-    can be registered anew, as a version of its own.
+    can be registered again, as a new version.
 
     Returns:
         The versions rolled back, usually one, and the champion now.
 
     Raises:
-        TrackingError: There is no champion, or none before it; then nothing changes. Or MLflow fails.
+        TrackingError: There is no champion, or none before it, and nothing has changed; or MLflow fails.
     """
     client = connect(tracking_uri)
     with tracking_errors(f"cannot roll back {model_name}"):
@@ -268,11 +271,11 @@ def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
         ]
         if not any(number < seen for number in promoted):
             raise TrackingError(
-                f"version {seen} is the first champion of {model_name}, there is none to go back to. "
-                "Register another version, or delete the alias to offer none."
+                f"version {seen} is the first champion of {model_name}; there is none to go back to. "
+                "Register another version, or delete the alias to have no champion."
             )
         rolled_back = sorted((number for number in promoted if number >= seen), reverse=True)
-        for number in rolled_back:  # those that users have not seen yet come first
+        for number in rolled_back:  # those that users have not seen yet first
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             client.set_model_version_tag(model_name, str(number), ROLLED_BACK, now)
         return rolled_back or [seen], settle(client, model_name)[CHAMPION]

@@ -1,9 +1,9 @@
 """The model as MLflow loads it: this file, the `ctmsr` package and a checkpoint travel together.
 
-MLflow runs this file (models from code) both when a model is registered and when one is loaded, in
-environments that hold neither this repository nor trust in pickles. So it imports nothing of ours by name: it
-loads the package that lies beside the weights, under a name made of the package's content. Two versions of
-the model thus live in one process, each with its own code.
+MLflow runs this file (models from code) both when a model is registered and when it is loaded, in
+environments that lack this repository and distrust pickles. So it imports none of our code by name: it loads
+the package stored beside the weights, under a name derived from the package's content. This lets two versions
+of the model share a process, each with its own code.
 
 Loading a registered model runs its publisher's Python: load only from a registry you trust.
 """
@@ -28,10 +28,10 @@ ACCEPTED = (
 
 
 class UpscaleModel(PythonModel):
-    """Pictures to pictures `scale` times as large, on a GPU if there is one.
+    """Enlarges pictures `scale` times, on a GPU if there is one.
 
-    The signature names no inputs: MLflow would enforce them before `predict`, and its schemas can say
-    "an array of this shape", not "or a path, or bytes". `_pictures` is as strict, and its errors are clearer.
+    The signature declares no inputs: MLflow would enforce them before `predict`, and its schemas can express
+    "an array of this shape" but not "or a path, or bytes". `_pictures` is as strict, with clearer errors.
     """
 
     def load_context(self, context: Any) -> None:
@@ -51,23 +51,24 @@ class UpscaleModel(PythonModel):
     def predict(
         self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> np.ndarray | list[np.ndarray]:
-        """Upscales each picture by itself, with the same noise: what else is in the batch changes nothing.
+        """Upscales each picture on its own, with the same noise: the rest of the batch does not affect it.
 
-        The hint of `model_input` is too narrow on purpose: of others MLflow makes a schema, or it warns.
+        The type hint of `model_input` is too narrow on purpose: any other makes MLflow derive a schema, or
+        warn.
 
         Args:
             context: MLflow's; not used.
-            model_input: A picture or several, see `ACCEPTED`. Alpha, orientation and 16 bits of picture files
-                are taken care of. Of arrays int64 will do where every value is from 0 to 255: that is what
-                JSON becomes.
-            params: "seed", which picks the invented detail; by default 0.
+            model_input: One picture or several, see `ACCEPTED`. Picture files may have an alpha channel, an
+                orientation tag or 16 bits per channel. Arrays may be int64, as arrays from JSON are, if every
+                value is from 0 to 255.
+            params: "seed", which selects the invented detail; 0 by default.
 
         Returns:
             uint8 RGB arrays: (height, width, 3) for one picture, (number, height, width, 3) for an array of
             several, a list of arrays for a list.
 
         Raises:
-            ValueError: The input is something else, or a file is not a readable picture.
+            ValueError: The input is of another kind, or a file is not a readable picture.
             OSError: A file cannot be read.
         """
         seed = int((params or {}).get("seed", 0))
@@ -102,7 +103,9 @@ class UpscaleModel(PythonModel):
             raise ValueError(f"{ACCEPTED}; got {kind}.")
         try:
             picture: np.ndarray = self._decode(data, name=name)
-        except self._user_error as error:  # its class is known to this package only
+        except (
+            self._user_error
+        ) as error:  # this class belongs to the package loaded above; callers do not know it
             raise ValueError(str(error)) from error
         return picture
 
@@ -117,7 +120,7 @@ def _checked(pixels: np.ndarray) -> np.ndarray:
 
 
 def _import_package(folder: Path) -> str:
-    """Imports the package in `folder` under a name made of its content; returns the name."""
+    """Imports the package in `folder` under a name derived from its content; returns the name."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(

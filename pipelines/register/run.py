@@ -1,4 +1,4 @@
-"""A checkpoint uploaded, proven and compared: how it becomes a version of a registered model."""
+"""Registers a checkpoint: uploads it, proves it, compares it and makes it a version of a registered model."""
 
 import importlib.metadata
 import shutil
@@ -37,12 +37,12 @@ from .promotion import CHAMPION, RISES, Decision, Measured, decision_of, record,
 MODEL_CODE = Path(__file__).with_name("registered_model.py")
 PACKAGE = Path(ctmsr.__file__).parent
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "torch")
-"""Of the model alone: mlflow.pyfunc needs pandas, the server and the databases of mlflow it does not."""
-EXAMPLE_SHAPE = (1, 20, 28, 3)  # not square and no multiple of a window: it takes the padding too
+"""Of the model alone: mlflow.pyfunc needs pandas, but not the server and the databases of mlflow."""
+EXAMPLE_SHAPE = (1, 20, 28, 3)  # neither square nor a multiple of the window, so padding is tested too
 
 
 class Comparison(Protocol):
-    """Scores models on the same pictures: `comparison.Comparison`, or another."""
+    """Scores models on the same pictures; `comparison.Comparison` is one implementation."""
 
     @property
     def set_version(self) -> str: ...
@@ -56,12 +56,12 @@ class _Release:
     """A checkpoint on its way into the registry."""
 
     folder: Path
-    """Its copy without the training state."""
+    """A copy of it without the training state."""
     manifest: Manifest
     num_parameters: int
     example: np.ndarray
     expected: np.ndarray
-    """What the checkpoint makes of the example."""
+    """The checkpoint's output for the example."""
 
 
 def register(
@@ -75,25 +75,25 @@ def register(
     rule: RegisterConfig | None = None,
     comparison: Comparison | None = None,
 ) -> Decision:
-    """Registers a checkpoint's EMA weights as a proven version, and lets the gate decide what becomes of it.
+    """Registers a checkpoint's EMA weights as a proven version, and lets the gate decide on its alias.
 
-    What is uploaded is loaded back and must give the same bytes as the checkpoint; only then there is a
-    version. If anything fails before, or the process is killed, the registry is as it was.
+    The uploaded model is loaded back and must produce the same bytes as the checkpoint; only then is a
+    version created. If anything fails before that, or the process is killed, the registry stays as it was.
 
     Args:
         checkpoint_folder: A local checkpoint; its training state stays behind.
         tracking_uri: From `tracking.preflight`.
-        model_name: The registered model, made if there is none.
-        run_id: The MLflow run that trained it; None makes one, in an experiment named after the model.
-        metrics: What the checkpoint achieved; they become tags `metric.<name>` of the version.
+        model_name: The registered model, created if it does not exist.
+        run_id: The MLflow run that trained it; None creates one, in an experiment named after the model.
+        metrics: Scores of the checkpoint, which become the version's tags `metric.<name>`.
         tags: Further tags of the version.
-        rule: What it takes to become champion; None: the default.
-        comparison: Scores it, bicubic and the champion. None measures nothing: then it can only be the first
-            champion.
+        rule: What it takes to become champion; None for the default.
+        comparison: Scores it, bicubic and the champion. Without one nothing is measured, and the version can
+            only become the first champion.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        TrackingError: MLflow fails, or the uploaded model does not behave as the checkpoint does.
+        TrackingError: MLflow fails, or the uploaded model does not reproduce the checkpoint's output.
         UserError: The comparison fails.
     """
     client, rule = connect(tracking_uri), rule or RegisterConfig()
@@ -138,7 +138,7 @@ def _run_of(
 
 
 def _release(source: Path, target: Path) -> _Release:
-    """Copies a checkpoint without its training state, and sees what it makes of the example."""
+    """Copies a checkpoint without its training state, and runs it on the example."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, manifest = checkpoint.load_model(source, device)
     checkpoint.save(target, model=model.state_dict(), config=manifest.config, meta=manifest.meta)
@@ -180,8 +180,8 @@ def _prove(tracking_uri: str, source: str, release: _Release, checkpoint_folder:
     model = load_from(tracking_uri, source, f"the model of {checkpoint_folder}")
     if not np.array_equal(model.predict(release.example, params={"seed": 0}), release.expected):
         raise TrackingError(
-            f"what was uploaded does not give the same picture as its checkpoint {checkpoint_folder}, so it "
-            "became no version, and the champion stays as it was. Register it again."
+            f"the uploaded model does not give the same picture as its checkpoint {checkpoint_folder}, so no "
+            "version was created and the champion is unchanged. Register it again."
         )
 
 
@@ -211,7 +211,7 @@ def _compare(
 def _upload_card(
     client: MlflowClient, model_id: str, card: str, evaluation: Evaluation | None, scratch: Path
 ) -> None:
-    """Puts README.md, and the sample picture if there is one, beside the model's files."""
+    """Adds README.md, and the sample picture if there is one, to the model's files."""
     if evaluation:
         card = with_sample(card)
         sample = scratch / SAMPLE_FILE
@@ -233,12 +233,12 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
 def _create_version(
     client: MlflowClient, name: str, logged: LoggedModel, run_id: str, card: str, tags: dict[str, str]
 ) -> str:
-    """Makes the version with all its tags, in one transaction."""
+    """Creates the version with all its tags, in one transaction."""
     source = logged.artifact_location  # models:/<id> would be looked up at MLflow's global address
     made = client.create_model_version(
         name, source=source, run_id=run_id, tags=tags, description=card, model_id=logged.model_id
     )
-    # A request that is sent again after a lost answer makes a twin, which the gate refuses: it gains nothing.
+    # A request repeated after a lost response creates a twin, which the gate refuses, as it gains nothing.
     versions = answered(lambda: client.search_model_versions(f"name='{name}'"))
     twins = [v.version for v in versions if v.source == source]
     return str(min(map(int, [made.version, *twins])))

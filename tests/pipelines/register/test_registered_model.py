@@ -297,7 +297,7 @@ def test_two_versions_with_their_own_code_side_by_side(registry: Registry, tmp_p
     [
         (
             OTHER_NOISE,
-            "does not give the same picture as its checkpoint .* became no version",
+            "does not give the same picture as its checkpoint .* no version was created",
         ),
         ({"import numpy as np": "import numpy as np\n1 / 0"}, "does not load .*ZeroDivisionError"),
     ],
@@ -326,8 +326,8 @@ def test_a_damaged_checkpoint_registers_nothing(registry: Registry, tmp_path: Pa
 @pytest.mark.parametrize(
     ("model_uri", "message"),
     [
-        ("toy", r"named models:/name@alias or models:/name/version, got 'toy'"),
-        ("models:/toy", "named models:/name@alias"),
+        ("toy", r"must be models:/name@alias or models:/name/version, got 'toy'"),
+        ("models:/toy", "must be models:/name@alias"),
         (
             "models:/toys@champion",
             r"toys@champion is not in the registry at sqlite:.*\. There are models: toy\.",

@@ -165,7 +165,7 @@ def test_register_releases_the_bytes_of_the_checkpoint(
     metrics = trained.outcome.metrics
     expected = [metrics["lpips"], metrics["bicubic_lpips"]]
     assert [float(text) for text in said.groups()] == pytest.approx(expected, abs=2e-4)
-    assert f"{name} has no champion: upscale and serve go on using the starter model." in printed
+    assert f"{name} has no champion: upscale and serve keep using the starter model." in printed
     assert printed.rstrip().endswith(f"--model models:/{name}@challenger")
     released = load_model(trained.config.tracking_uri, f"models:/{name}@challenger")
     lq_u8 = np.random.default_rng(0).integers(0, 256, (1, 20, 24, 3), np.uint8)

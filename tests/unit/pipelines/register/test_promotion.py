@@ -272,6 +272,6 @@ def test_a_champion_from_before_the_gate_counts_and_versions_made_by_other_means
     for _ in shelf.settle():
         pass
     assert shelf.versions[2][DECISION] == PROMOTED
-    assert shelf.versions[2]["gate.reason"] == "it was the champion before there was a gate"
+    assert shelf.versions[2]["gate.reason"] == "it was the champion before the gate existed"
     assert shelf.versions[1] == shelf.versions[3] == {}
     assert shelf.aliases == {CHAMPION: 2}

@@ -1,4 +1,4 @@
-"""The whole system on real photographs, on this machine: `make demo`.
+"""Run the whole system on real photographs, on this machine: `make demo`.
 
 Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only
 calls the other pipelines: tune, train, evaluate, register and, in a new process, upscale. The starter model
@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise UserError(f"the demo needs {' and '.join(missing)}. Run pip install '.[demo]' in the clone.")
-    # Ray, torch and MLflow take seconds to import, which --help does not wait for.
+    # Imported late: Ray, torch and MLflow take seconds, and --help should not wait for them.
     from ..tune.space import check_space
     from .bucket import s3_server, upload_photos
     from .run import demo_config, run_pipelines
 
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain `kill` cleans up like Ctrl-C
     shutil.rmtree(arguments.output, ignore_errors=True)
     config = demo_config(arguments.output, arguments.overrides)
     check_space(config)

@@ -1,6 +1,6 @@
-"""Serves a registered model over HTTP, with a page to drop a picture on: `python -m pipelines.serve`.
+"""Serve a registered model over HTTP, with a page to drop pictures on: `python -m pipelines.serve`.
 
-Ray Serve runs it: every GPU of the cluster has a replica that holds the model; without GPUs there is one.
+Ray Serve runs a replica of the model on every GPU of the cluster, or a single one if there are no GPUs.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from ..infra.invocation import command_parser
 
 EXAMPLES = """\
 examples:
-  the champion of the registry, for this machine alone; then open http://127.0.0.1:8000
+  the champion of the registry, on this machine only; then open http://127.0.0.1:8000
     python -m pipelines.serve
   without the page:
     curl --data-binary @photo.jpg http://127.0.0.1:8000/upscale > photo_x4.png
     curl --data-binary @photo.jpg -H 'Accept: image/jpeg' http://127.0.0.1:8000/upscale > photo_x4.jpg
 
-Who can reach the port can upscale: there is no password. Before you name another --host, put a proxy with
-TLS and a login in front. A registered model comes with its own Python code, which runs here: name only a
-registry you trust."""
+Anyone who can reach the port can upscale: there is no password. Before you set another --host, put a proxy
+with TLS and a login in front. A registered model comes with its own Python code, which runs here: use only
+registries you trust."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("serve", "Serve a model over HTTP, with a page to drop pictures on.", EXAMPLES)
     add_model_options(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="to listen at; default %(default)s, this machine only"
+        "--host", default="127.0.0.1", help="address to listen on; default %(default)s, this machine only"
     )
     parser.add_argument("--port", type=int, default=8000, help="default %(default)s")
     parser.add_argument(
@@ -39,10 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=2.0,
         metavar="N",
-        help="of a picture sent; default %(default)s",
+        help="largest picture accepted; default %(default)s",
     )
     parser.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="for one picture; default %(default)s"
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+        help="time limit for one picture; default %(default)s",
     )
     return parser
 
@@ -53,16 +57,16 @@ def main(argv: list[str] | None = None) -> int:
     check(arguments.max_megapixels > 0, f"--max-megapixels must be above 0, got {arguments.max_megapixels}.")
     check(arguments.timeout > 0, f"--timeout must be above 0, got {arguments.timeout}.")
     check(0 < arguments.port < 65536, f"--port must be from 1 to 65535, got {arguments.port}.")
-    # Ray and torch take seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ..tracking.released import find_released
     from .run import serving
     from .server import Limits, names_of
 
     model = find_released(arguments.model, arguments.tracking_uri)
     limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=names_of(arguments.host))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain `kill` cleans up like Ctrl-C
     with serving(model, host=arguments.host, port=arguments.port, limits=limits) as url:
-        print(f"{model.uri} is at {url} (Ctrl-C ends it)", flush=True)
+        print(f"{model.uri} is at {url} (Ctrl-C stops it)", flush=True)
         threading.Event().wait()
     return 0
 

@@ -1,4 +1,4 @@
-"""A server of one model on Ray Serve, for as long as it is wanted."""
+"""Runs a server for one model on Ray Serve."""
 
 import logging
 import os
@@ -18,18 +18,18 @@ from ..tracking.released import Released
 from .server import Limits, Server
 
 _MAX_REQUESTS = 64
-"""That a replica answers at the same time: the page must come while pictures wait."""
+"""Requests that a replica handles at a time: the page must load while pictures wait."""
 
 
 @contextmanager
 def serving(model: Released, *, host: str, port: int, limits: Limits) -> Iterator[str]:
-    """A running server for the length of a `with` block; yields its address.
+    """A running server for the duration of a `with` block; yields its address.
 
     Args:
-        model: What upscales the pictures.
-        host: Address to listen at, of the cluster's head.
-        port: There.
-        limits: What requests may ask for.
+        model: The model that upscales the pictures.
+        host: Address to listen on, of the cluster's head node.
+        port: Port to listen on.
+        limits: Limits on requests.
 
     Raises:
         UserError: The port is taken, or the model does not load.
@@ -59,19 +59,19 @@ def serving(model: Released, *, host: str, port: int, limits: Limits) -> Iterato
 def _deploy(application: serve.Application, model: Released) -> None:
     try:
         serve.run(application, name="upscale")
-    except RuntimeError as error:  # with the traceback of the replica as its text
+    except RuntimeError as error:  # its text is the traceback of the replica
         said = [line for line in str(error).splitlines() if line.strip()] or ["no reason given"]
         raise UserError(f"Ray Serve cannot start {model.uri}: {said[-1].strip()}") from error
 
 
 def _check_port(host: str, port: int) -> None:
-    """Ray Serve itself would try again and again."""
+    """Fails at once if the port is taken; Ray Serve itself would keep retrying."""
     if os.environ.get("RAY_ADDRESS", "local") != "local":
-        return  # the port is another machine's
+        return  # the port is on another machine
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise UserError(
-            f"cannot listen on {host}, port {port} ({error}). Name others with --host and --port."
+            f"cannot listen on {host}, port {port} ({error}). Choose others with --host and --port."
         ) from error

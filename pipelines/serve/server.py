@@ -1,10 +1,10 @@
-"""What answers requests to a served model: the page, an upscaled picture, or one line that says why not.
+"""Answers requests to a served model: with the page, an upscaled picture, or one line that says why not.
 
     GET  /         the page
     POST /upscale  a PNG or JPEG file as the body; answers with a PNG, or a JPEG for `Accept: image/jpeg`
 
-A picture's size is read from its header before a pixel is decoded. The model takes one picture at a time: it
-would upscale those of a batch one after the other, so a batch would only make the first one wait.
+A picture's size is read from its header before any pixel is decoded. The model takes one picture at a time:
+it would upscale a batch one by one anyway, so batching would only make the first picture wait.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ FORMATS = ("JPEG", "PNG")
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _MAX_WAITING = 8
-"""Pictures that may wait for the model; the next one is told to come back."""
+"""Pictures that may wait for the model; further ones are asked to try again later."""
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -46,27 +46,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits on requests."""
 
     max_pixels: int
-    """Of a picture that is sent."""
+    """Largest picture accepted."""
     timeout_s: float
-    """From its first byte to the answer."""
+    """From the first byte of a picture to the response."""
     max_bytes: int = 32 * 2**20
+    """Largest file accepted."""
     hosts: frozenset[str] = LOOPBACK
-    """Names that requests may use for this server; none allows all. Somebody else's page, whose name leads
-    here, thus gets nothing."""
+    """Names that requests may use for this server; empty allows all. This stops DNS rebinding, where another
+    site's name resolves to this server."""
 
 
 def names_of(host: str) -> frozenset[str]:
-    """What a server that listens at `host` may be called; on all addresses that cannot be known."""
+    """The names of a server that listens on `host`; empty, that is any, if it listens on all addresses."""
     if host in LOOPBACK:
         return LOOPBACK
     return frozenset() if host in ("0.0.0.0", "::") else LOOPBACK | {host}
 
 
 class Refusal(Exception):
-    """An answer without a picture: an HTTP status and one line that says what to do."""
+    """A response without a picture: an HTTP status and one line that says what to do."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -74,11 +75,11 @@ class Refusal(Exception):
 
 
 class Server:
-    """The deployment: a model, and what answers requests."""
+    """The deployment: holds a model and answers requests."""
 
     def __init__(self, model: Released, limits: Limits) -> None:
         if not torch.cuda.is_available():
-            torch.set_num_threads(os.cpu_count() or 1)  # Ray gives a worker one
+            torch.set_num_threads(os.cpu_count() or 1)  # Ray sets it to one per worker
         self._model = model.load()
         self._limits = limits
         self._page = _page(model.uri, limits)
@@ -86,7 +87,7 @@ class Server:
         self._waiting = 0
 
     async def __call__(self, request: Request) -> Response:
-        """Answers any request; what goes wrong here goes to the log, not to the client."""
+        """Answers any request; unexpected errors go to the log, not to the client."""
         response: Response
         try:
             response = await self._answer(request)
@@ -103,10 +104,10 @@ class Server:
         _check_source(request, self._limits.hosts)
         if request.scope["path"] == "/":
             if request.method not in ("GET", "HEAD"):
-                raise Refusal(405, "This is a page: GET it. Pictures are POSTed to /upscale.")
+                raise Refusal(405, "This is a page: use GET. POST pictures to /upscale.")
             return Response(self._page, media_type="text/html")
         if request.scope["path"] != "/upscale":
-            raise Refusal(404, "There is a page at / and an upscaler at /upscale, and nothing else.")
+            raise Refusal(404, "There is only a page at / and an upscaler at /upscale.")
         if request.method != "POST":
             raise Refusal(405, "POST a PNG or JPEG file to /upscale.")
         try:
@@ -121,7 +122,7 @@ class Server:
 
     async def _upscale(self, data: bytes, kind: str) -> Response:
         if self._waiting >= _MAX_WAITING:
-            raise Refusal(503, f"{self._waiting} pictures are waiting already. Try again in a while.")
+            raise Refusal(503, f"{self._waiting} pictures are already waiting. Try again in a while.")
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
@@ -144,26 +145,26 @@ class Server:
 
 
 def check_picture(data: bytes, max_pixels: int) -> None:
-    """Reads a picture's header alone.
+    """Checks a picture by its header alone.
 
     Raises:
         Refusal: It is neither JPEG nor PNG, or has more pixels than allowed.
     """
-    most = f"at most {max_pixels / 1e6:g} megapixels are taken. Make it smaller, or cut out a part."
+    most = f"at most {max_pixels / 1e6:g} megapixels are accepted. Make it smaller, or crop it."
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise Refusal(413, f"The picture has more than 170 megapixels; {most}") from error
-    except Exception as error:  # Pillow raises anything on what it does not know
-        raise Refusal(415, "This is not a picture: only PNG and JPEG files are taken.") from error
+    except Exception as error:  # Pillow raises all sorts of errors on unknown data
+        raise Refusal(415, "This is not a picture: only PNG and JPEG files are accepted.") from error
     if width * height > max_pixels:
         megapixels = width * height / 1e6
         raise Refusal(413, f"The picture has {width} x {height} pixels, {megapixels:.3g} megapixels; {most}")
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. One that is too large is read but not kept: a client that is cut off sees no reason."""
+    """The whole body. One that is too large is still read, as a client that is cut off never sees why."""
     data, size = bytearray(), 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -173,13 +174,13 @@ async def _body(request: Request, max_bytes: int) -> bytes:
             data.clear()
     if size > max_bytes:
         raise Refusal(
-            413, f"The file has {size / 2**20:.0f} MB; at most {max_bytes / 2**20:.0f} MB are taken."
+            413, f"The file has {size / 2**20:.0f} MB; at most {max_bytes / 2**20:.0f} MB are accepted."
         )
     return bytes(data)
 
 
 def _check_source(request: Request, hosts: frozenset[str]) -> None:
-    """Refuses what a page of another site sends, and requests under a name that is not this server's."""
+    """Refuses requests from pages of other sites, and requests for a host name that is not this server's."""
     host = request.headers.get("host", "")
     if hosts and _name(host) not in hosts:
         raise Refusal(421, f"This server is {' or '.join(sorted(hosts))}, not {host!r}.")

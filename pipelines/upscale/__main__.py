@@ -1,7 +1,7 @@
-"""Upscales pictures with a registered model: `python -m pipelines.upscale photo.jpg --output upscaled`.
+"""Upscale pictures with a registered model: `python -m pipelines.upscale photo.jpg --output upscaled`.
 
-Up to 16 pictures are done in this process, which needs no cluster. More go through Ray, in which every GPU,
-or without GPUs every core, has a worker that holds the model.
+Up to 16 pictures are upscaled in this process, without a cluster. More go through Ray, with a worker on every
+GPU or, if there are none, on every core.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from ..infra.invocation import command_parser
 
 EXAMPLES = """\
 examples:
-  one photo, with the champion of the registry, or the starter model where there is none yet:
+  one photo, with the champion of the registry, or the starter model if there is none yet:
     python -m pipelines.upscale photo.jpg --output upscaled
   a bucket of any size, with version 3 of the model from a team's server; RAY_ADDRESS names a cluster:
     python -m pipelines.upscale s3://bucket/small --output s3://bucket/large \\
@@ -21,11 +21,11 @@ examples:
   another take on the invented detail:
     python -m pipelines.upscale photo.jpg --output take2 --seed 2
 
-The same command again continues one that stopped: a picture is made again only if it has changed, or for
-another version of the model or another seed.
-A registered model comes with its own Python code, which runs here: name only a registry you trust.
-Exit status: 0 all done; 1 some pictures could not be read, the others are done; 2 no picture, model or place
-to write to."""
+Run the same command again to resume one that stopped: a picture is upscaled again only if it has changed, or
+if the model's version or the seed has.
+A registered model comes with its own Python code, which runs here: use only registries you trust.
+Exit status: 0 all done; 1 some pictures could not be read, the others are done; 2 there was no picture, no
+model or no place to write to."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,34 +36,36 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs", nargs="+", metavar="INPUT", help="picture, or folder of pictures; path or URI"
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="path or URI; made if there is none"
+        "--output", required=True, metavar="FOLDER", help="path or URI; created if it does not exist"
     )
     add_model_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="picks the invented detail; default %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="selects the invented detail; default %(default)s"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Upscales every input; a picture that cannot be read is named, and the others are still done."""
+    """Upscales every input; pictures that cannot be read are reported, and the others still done."""
     arguments = build_parser().parse_args(argv)
-    # torch takes seconds to import, which --help and a mistake in the options do not wait for.
+    # Imported late: torch takes seconds, and --help or a bad option should not wait for it.
     from ..infra.listing import absolute
     from ..infra.storage import check_outlives_job
     from ..tracking.released import find_released
     from .run import FEW, find_pictures, upscale_few
-    from .upscaler import Making
+    from .upscaler import Settings
 
     check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
     model = find_released(arguments.model, arguments.tracking_uri)
-    making = Making(model, arguments.seed, output)
+    settings = Settings(model, arguments.seed, output)
     if len(pictures) <= FEW:
-        outcomes = upscale_few(pictures, making)
+        outcomes = upscale_few(pictures, settings)
     else:
         from .on_ray import upscale_many  # Ray takes seconds to import
 
-        outcomes = upscale_many(pictures, making)
+        outcomes = upscale_many(pictures, settings)
     num_bad = 0
     for outcome in outcomes:
         if outcome.problem:

@@ -1,4 +1,4 @@
-"""Many pictures upscaled through Ray Data, on workers that hold the model."""
+"""Upscales many pictures with Ray Data, on workers that hold the model."""
 
 import os
 import time
@@ -15,45 +15,45 @@ from ..infra.cluster import ray_cluster
 from ..infra.exit_status import first_cause, root_cause
 from ..infra.progress import duration
 from ..infra.ray_data import configured
-from .upscaler import Making, Outcome, Picture, Upscaler
+from .upscaler import Outcome, Picture, Settings, Upscaler
 
 _SHOW_EVERY_S = 10.0
 _BLOCKS_PER_WORKER = 64
-"""Enough that all workers end at about the same time; each costs Ray Data some milliseconds."""
+"""Enough that all workers finish at about the same time; each block costs Ray Data a few milliseconds."""
 _THREADS = 2
-"""Pictures that a worker has in hand: while the model is at one, another is read, decoded or written."""
+"""Pictures in progress on a worker: while the model works on one, another is read, decoded or written."""
 _THREADS_BESIDE_GPU = 4
 _WORKER_BYTES = 4 << 30
-"""Of a worker without a GPU: the published network and one of its tiles."""
+"""Memory of a worker without a GPU: the published network and one of its tiles."""
 
 
-def upscale_many(pictures: list[Picture], making: Making) -> Iterator[Outcome]:
-    """Makes them, in order, with a line of progress now and then.
+def upscale_many(pictures: list[Picture], settings: Settings) -> Iterator[Outcome]:
+    """Upscales the pictures, in order, printing a progress line now and then.
 
-    A worker that dies is replaced, and its pictures are given to others.
+    A worker that dies is replaced, and its pictures go to others.
 
     Raises:
-        UserError: What stopped it. What is done stays done.
+        UserError: It stopped, and the message says why. Finished pictures stay in place.
     """
     progress = _Progress(len(pictures))
     with ray_cluster():
         try:
-            for row in _dataset(pictures, making).iter_rows():
+            for row in _dataset(pictures, settings).iter_rows():
                 outcome = Outcome(**row)
                 progress.add(outcome)
                 yield outcome
         except ray.exceptions.RayError as error:
             cause = first_cause(error)
             said = str(cause) if isinstance(cause, UserError) else root_cause(error)
-            raise DataError(f"it stopped; the same command continues it. {said}") from error
+            raise DataError(f"upscaling stopped; run the same command again to resume it. {said}") from error
 
 
-def _dataset(pictures: list[Picture], making: Making) -> ray.data.Dataset:
+def _dataset(pictures: list[Picture], settings: Settings) -> ray.data.Dataset:
     num_workers, torch_threads, resources = _workers()
     threads = _THREADS_BESIDE_GPU if "num_gpus" in resources else _THREADS
     pool = ray.data.ActorPoolStrategy(
         size=min(num_workers, len(pictures)),
-        # No block waits at a worker while another worker has nothing to do.
+        # So that no block waits for one worker while another is idle.
         max_tasks_in_flight_per_actor=threads,
         max_concurrent_calls_per_actor=threads,
         enable_true_multi_threading=True,
@@ -61,8 +61,8 @@ def _dataset(pictures: list[Picture], making: Making) -> ray.data.Dataset:
     num_blocks = min(len(pictures), _BLOCKS_PER_WORKER * num_workers)
     rows = ray.data.from_items([asdict(picture) for picture in pictures], override_num_blocks=num_blocks)
     made = rows.map(
-        Upscaler,  # type: ignore[arg-type] # a class will do, Ray Data's own hint does not say it
-        fn_constructor_args=(making, torch_threads),
+        Upscaler,  # type: ignore[arg-type] # Ray Data accepts a class, though its type hint does not say so
+        fn_constructor_args=(settings, torch_threads),
         compute=pool,
         **resources,
     )
@@ -70,11 +70,13 @@ def _dataset(pictures: list[Picture], making: Making) -> ray.data.Dataset:
 
 
 def _workers() -> tuple[int, int, dict[str, Any]]:
-    """How many workers the cluster holds, torch's threads in each, and what each asks Ray for."""
-    total = {"CPU": 1.0} | ray.cluster_resources()  # none where the first worker is yet to be started
+    """How many workers fit on the cluster, torch's threads in each, and the resources each requests."""
+    total = {
+        "CPU": 1.0
+    } | ray.cluster_resources()  # no CPU is listed before the first worker node has started
     if total.get("GPU", 0) >= 1:
         return int(total["GPU"]), 1, {"num_gpus": 1}
-    # A private cluster has more CPUs than a small machine has cores.
+    # On a small machine, a private cluster declares more CPUs than there are cores.
     cpus_per_core = max(1.0, total["CPU"] / (os.cpu_count() or 1)) if len(ray.nodes()) == 1 else 1.0
     cores = max(1, int(total["CPU"] / cpus_per_core))
     num_workers = max(1, min(cores, int(total.get("memory", 0) / _WORKER_BYTES)))
@@ -83,7 +85,7 @@ def _workers() -> tuple[int, int, dict[str, Any]]:
 
 
 class _Progress:
-    """A line: how many there are, images/s since the first, and the time left."""
+    """The progress line: how many pictures are done, images/s since the first, and the time left."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -93,10 +95,10 @@ class _Progress:
     def add(self, outcome: Outcome) -> None:
         now = time.monotonic()
         if not self._seen:
-            self._first = now  # Ray and the workers have started
+            self._first = now  # excludes the start of Ray and of the workers
         self._seen += 1
         self._bad += bool(outcome.problem)
-        self._made += not outcome.problem and not outcome.was_there
+        self._made += not outcome.problem and not outcome.existed
         if now - self._shown > _SHOW_EVERY_S or self._seen == self._total:
             self._shown = now
             print(self, flush=True)

@@ -1,8 +1,9 @@
-"""One picture from storage, upscaled into storage, unless that is done already.
+"""Upscales one picture from storage into storage, unless that has been done already.
 
-A PNG written here says in a text chunk of what it was made: the picture's key and etag, the version of the
-model, the seed. The text comes and goes with the file, which a store shows whole or not at all. So after any
-crash it is known what is done, there is no list to keep in step with the files, and nothing is made twice.
+A PNG written here records in a text chunk what it was made from: the picture's key and etag, the version of
+the model and the seed. The record is part of the file, which a store shows in full or not at all. So after
+any crash the files themselves tell what is done: there is no separate list to keep in sync, and nothing is
+done twice.
 """
 
 import io
@@ -28,9 +29,9 @@ NOTE = "ctmsr-ray"
 """Keyword of the text chunk."""
 
 _COMPRESS_LEVEL = 1
-"""Of zlib. 6, Pillow's own choice, takes three times as long on a photograph and saves a tenth."""
+"""Of zlib. Pillow's default, 6, takes three times as long on a photograph and saves a tenth."""
 _HEAD_BYTES = 512
-"""Of a PNG, before and around its text chunk."""
+"""Size of a PNG's header and of what surrounds its text chunk, generously."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Making:
+class Settings:
     """What the results depend on besides the pictures, and where they go."""
 
     model: Released
@@ -59,29 +60,31 @@ class Making:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a picture."""
+    """The outcome for one picture."""
 
     path: str
-    """In its file system."""
+    """Of the picture, within its file system."""
     result: str = ""
-    """URI of the upscaled picture; none if there is a problem."""
-    was_there: bool = False
+    """URI of the upscaled picture; empty if there is a problem."""
+    existed: bool = False
+    """Whether an earlier run had made the result."""
     problem: str = ""
+    """Why there is no result."""
     seconds: float = 0.0
 
 
 class Upscaler:
-    """Makes pictures with one version of a model, which it loads when the first one comes.
+    """Upscales pictures with one version of a model, which it loads for the first picture.
 
-    Several threads may share it: they read, decode, encode and write side by side, and take turns at the
+    Several threads may share it: they read, decode, encode and write in parallel, and take turns with the
     model.
     """
 
-    def __init__(self, making: Making, num_threads: int | None = None) -> None:
-        """`num_threads` is torch's, for the whole process; None leaves it."""
+    def __init__(self, settings: Settings, num_threads: int | None = None) -> None:
+        """`num_threads` is for torch, in the whole process; None leaves it as it is."""
         if num_threads:
             torch.set_num_threads(num_threads)
-        self._making = making
+        self._settings = settings
         self._turn = threading.RLock()
         self._upscale: Upscale | None = None
         self._scale = 0
@@ -91,10 +94,10 @@ class Upscaler:
         return asdict(self.upscale(Picture(**row)))
 
     def upscale(self, picture: Picture) -> Outcome:
-        """Writes `<output>/<target>_x<scale>.png`, whole or not at all, unless it is there.
+        """Writes `<output>/<target>_x<scale>.png` atomically, unless it is there already.
 
         Raises:
-            StoreError: A store fails. That is no defect of the picture, which has a problem in its outcome.
+            StoreError: A store fails. A defect of the picture is a problem in the outcome instead.
             TrackingError: The model cannot be fetched or loaded.
         """
         started = time.monotonic()
@@ -102,9 +105,9 @@ class Upscaler:
         file_system, root = _open(picture.folder)
         path = f"{root}/{picture.key}"
         name = f"{picture.target}_x{self._scale}.png"
-        uri, note = f"{self._making.output}/{name}", self._note(picture)
-        if _says(self._making.output, name, note):
-            return Outcome(path, uri, was_there=True)
+        uri, note = f"{self._settings.output}/{name}", self._note(picture)
+        if _has_note(self._settings.output, name, note):
+            return Outcome(path, uri, existed=True)
         try:
             lq_u8 = decode(read_bytes(file_system, path), name=path)
         except StoreError:
@@ -116,33 +119,33 @@ class Upscaler:
 
     def _load(self) -> None:
         if self._scale:
-            return  # without waiting for a turn: reading goes on while the model is busy
+            return  # without the lock, so that reading goes on while the model is busy
         with self._turn:
             if not self._scale:
-                self._upscale = self._making.model.load()
+                self._upscale = self._settings.model.load()
                 self._scale = len(self._predict(np.zeros((8, 8, 3), np.uint8))) // 8
 
     def _predict(self, lq_u8: np.ndarray) -> np.ndarray:
         assert self._upscale is not None
         with self._turn:
-            return self._upscale(lq_u8, self._making.seed)
+            return self._upscale(lq_u8, self._settings.seed)
 
     def _note(self, picture: Picture) -> str:
-        """In ASCII."""
-        model = self._making.model
+        """JSON in ASCII."""
+        model = self._settings.model
         return json.dumps(
             {
                 "picture": picture.key,
                 "etag": picture.etag,
                 "model": model.uri,
                 "files": model.source,
-                "seed": self._making.seed,
+                "seed": self._settings.seed,
             }
         )
 
 
 def encode(sr_u8: np.ndarray, note: str) -> bytes:
-    """A PNG file of a uint8 (height, width, 3) picture, that holds a note in ASCII before the pixels."""
+    """A PNG file of a uint8 (height, width, 3) picture, with an ASCII note before the pixels."""
     text = PngInfo()
     text.add_text(NOTE, note)
     file = io.BytesIO()
@@ -150,8 +153,8 @@ def encode(sr_u8: np.ndarray, note: str) -> bytes:
     return file.getvalue()
 
 
-def _says(folder: str, name: str, note: str) -> bool:
-    """Whether there is a PNG with this note."""
+def _has_note(folder: str, name: str, note: str) -> bool:
+    """Whether there is a PNG of this name with this note."""
     file_system, root = _open(folder)
     wanted = f"{NOTE}\0{note}".encode()
     try:
@@ -160,7 +163,9 @@ def _says(folder: str, name: str, note: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise StoreError(f"cannot use {folder}/{name}. Check --output. The client said: {error}") from error
+        raise StoreError(
+            f"cannot use {folder}/{name}. Check --output. The client reports: {error}"
+        ) from error
 
 
 _open = lru_cache(maxsize=16)(open_uri)

@@ -33,7 +33,7 @@ from pipelines.tracking.released import Upscale
 from pipelines.tracking.runs import preflight
 from pipelines.upscale.on_ray import upscale_many
 from pipelines.upscale.run import find_pictures
-from pipelines.upscale.upscaler import Making, encode
+from pipelines.upscale.upscaler import Settings, encode
 
 from .store import photo
 
@@ -87,7 +87,7 @@ def upscaled(photos: Path, version: Version, scratch: Path) -> float:
     out = tempfile.mkdtemp(dir=scratch)
     pictures = find_pictures([str(photos)], out)
     started, number = 0.0, 0
-    for number, outcome in enumerate(upscale_many(pictures, Making(version, 0, out)), 1):
+    for number, outcome in enumerate(upscale_many(pictures, Settings(version, 0, out)), 1):
         assert not outcome.problem
         if number == WARM:
             started = time.perf_counter()

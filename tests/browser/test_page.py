@@ -138,7 +138,7 @@ def clip(page: Chrome) -> str:
 
 def test_a_text_file_gets_a_clear_message_and_the_next_picture_is_taken(page: Chrome, tmp_path: Path) -> None:
     drop(page, write(tmp_path / "notes.txt", b"A recipe for bread.\n"))
-    assert shown(page, "error") == "This is not a picture: only PNG and JPEG files are taken."
+    assert shown(page, "error") == "This is not a picture: only PNG and JPEG files are accepted."
     assert not page.find_element(By.ID, "result").is_displayed()
     choose(page, write(tmp_path / "me.png", encode_png(PHOTO)))
     shown(page, "result")
@@ -151,15 +151,15 @@ def test_a_hundred_megapixels_get_a_clear_message(page: Chrome, tmp_path: Path) 
     started = time.monotonic()
     choose(page, str(path))
     assert shown(page, "error") == (
-        "The picture has 10000 x 10000 pixels, 100 megapixels; at most 2 megapixels are taken. "
-        "Make it smaller, or cut out a part."
+        "The picture has 10000 x 10000 pixels, 100 megapixels; at most 2 megapixels are accepted. "
+        "Make it smaller, or crop it."
     )
     assert time.monotonic() - started < 20
 
 
 def test_a_file_that_is_too_large_is_not_sent(page: Chrome, tmp_path: Path) -> None:
     choose(page, write(tmp_path / "large.png", bytes(40 * 2**20)))
-    assert shown(page, "error") == "The file has 40 MB; at most 32 MB are taken."
+    assert shown(page, "error") == "The file has 40 MB; at most 32 MB are accepted."
 
 
 def test_the_keyboard_reaches_everything(page: Chrome, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_jpeg_goes_in_and_a_jpeg_comes_out_where_it_is_asked_for(server: Serve
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"A recipe for bread.\n", 415, "This is not a picture: only PNG and JPEG files are taken."),
+        (b"A recipe for bread.\n", 415, "This is not a picture: only PNG and JPEG files are accepted."),
         (b"", 415, "This is not a picture"),
         (encode_png(PICTURE)[:200], 422, "The picture is damaged or incomplete."),
         (encoded(Image.fromarray(PICTURE), "BMP"), 415, "only PNG and JPEG"),
@@ -135,13 +135,13 @@ def test_a_hundred_megapixels_are_refused_by_their_header(server: Server, side: 
     assert time.monotonic() - started < 1
     assert response.status_code == 413
     assert size in told(response)
-    assert "at most 2 megapixels are taken. Make it smaller" in told(response)
+    assert "at most 2 megapixels are accepted. Make it smaller" in told(response)
 
 
 def test_a_file_of_too_many_bytes_is_refused(version: Version) -> None:
     response = ask(Server(version, replace(LIMITS, max_bytes=100)), encode_png(PICTURE))
     assert response.status_code == 413
-    assert told(response).endswith("at most 0 MB are taken.")
+    assert told(response).endswith("at most 0 MB are accepted.")
 
 
 def test_what_takes_too_long_is_told(version: Version) -> None:
@@ -165,9 +165,9 @@ def test_who_comes_when_many_wait_is_told_to_come_back(server: Server) -> None:
 @pytest.mark.parametrize(
     ("how", "status", "message"),
     [
-        ({"path": "/etc"}, 404, "nothing else"),
+        ({"path": "/etc"}, 404, "only a page"),
         ({"method": "GET"}, 405, "POST a PNG or JPEG"),
-        ({"method": "POST", "path": "/"}, 405, "GET it"),
+        ({"method": "POST", "path": "/"}, 405, "use GET"),
         ({"host": "["}, 421, "This server is 127.0.0.1 or"),
         ({"host": "evil.example:8000"}, 421, "not 'evil.example:8000'"),
         ({"origin": "http://evil.example"}, 403, "other sites"),
@@ -225,7 +225,7 @@ def test_ray_serves_the_page_and_pictures(url: str, model: ConsistencyModel) -> 
 def test_a_refusal_reaches_the_client_even_while_it_is_still_sending(url: str) -> None:
     with pytest.raises(urllib.error.HTTPError, match="413") as raised:
         urllib.request.urlopen(f"{url}/upscale", data=bytes(40 * 2**20), timeout=60)
-    assert raised.value.read().decode() == "The file has 40 MB; at most 32 MB are taken.\n"
+    assert raised.value.read().decode() == "The file has 40 MB; at most 32 MB are accepted.\n"
 
 
 def test_a_port_that_is_taken_is_told_at_once(version: Version) -> None:

@@ -199,7 +199,7 @@ def test_another_version_of_the_model_makes_all_again(tmp_path: Path, inputs: Pa
 
 def test_the_output_is_not_searched_for_inputs(registry: list[str], inputs: Path) -> None:
     with pytest.raises(
-        DataError, match=r"--output .*in/out is inside the input .*in\. Name a place beside it"
+        DataError, match=r"--output .*in/out is inside the input .*in\. Choose a location outside it"
     ):
         main([str(inputs), "--output", str(inputs / "out"), *registry])
 
@@ -241,7 +241,7 @@ def test_a_place_that_takes_no_pictures_stops_many_of_them(
     registry: list[str], tmp_path: Path, many: str
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"it stopped; the same command .*cannot use .*file/.*_x4\.png"):
+    with pytest.raises(DataError, match=r"upscaling stopped; .*cannot use .*file/.*_x4\.png"):
         main([many, "--output", str(tmp_path / "file"), *registry])
 
 

@@ -1,14 +1,14 @@
-"""How a search chooses: ASHA, TPE and PBT as functions of the scores so far, whatever order they came in.
+"""How a search chooses: ASHA, TPE and PBT as functions of the scores, whatever order they come in.
 
-Trials run side by side and end in an order that nobody controls. So that a seed gives the same search all
-the same, no decision looks at the clock: it depends on the scores of trials with lower numbers (ASHA, TPE) or
-of a whole generation (PBT), and is made once these are known. Until then a trial goes on; what it does past
-the step at which it turns out to have been stopped does not count. Scores are themselves functions of a
-trial's config, so a search that was interrupted reads them from the checkpoints and decides the same again.
+Trials run concurrently and finish in an unpredictable order. To make a search reproducible from its seed all
+the same, decisions do not depend on timing: they depend on the scores of trials with lower numbers (ASHA,
+TPE) or of a whole generation (PBT), and are made once these are known. Until then a trial keeps running; if
+it turns out to stop at an earlier step, the steps after that do not count. Scores are themselves functions of
+a trial's config, so an interrupted search reads them from the checkpoints and makes the same decisions again.
 
 The objective of a trial at a step is the LPIPS of its EMA weights after one network call on data.val_uri.
-LPIPS alone favours noise that passes for texture, in short trials most of all. So each dB of PSNR-Y that a
-trial is below the first one at the same step, beyond tune.max_psnr_loss_db, costs it 1.
+LPIPS alone favours noise that passes for texture, above all in short trials. So each dB of PSNR-Y that a
+trial loses to the first one at the same step, beyond tune.max_psnr_loss_db, costs it 1.
 """
 
 import math
@@ -26,41 +26,41 @@ FREE: Mapping[str, Sequence[str]] = {
     "tpe": ("tune.num_trials",),
     "pbt": ("tune.max_concurrent",),
 }
-"""Keys that may change when a search is resumed, by its method: ASHA and TPE can go on to more trials."""
+"""Keys that may change when a search is resumed, by method: ASHA and TPE can be extended by more trials."""
 _FIRST = "trial-000"
 _STARTUP_TRIALS = 5
-"""Trials that TPE draws at random before it aims."""
+"""Trials that TPE draws at random before it uses scores."""
 _PBT_SHARE = 4
-"""At each report PBT replaces one member in so many, the worst, by copies of as many of the best."""
+"""At each report PBT replaces one member in this many, the worst, by copies of the best."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run, or for PBT the part of one between two reports."""
+    """One training run or, for PBT, the part of one between two reports."""
 
     name: str
     number: int
     point: Point
     stop_step: int
-    """Step to train to; learning rate and curriculum are those of the whole budget."""
+    """Step to train to; the learning rate and the curriculum still follow the whole budget."""
     start_step: int = 0
     parent: str = ""
-    """The trial whose checkpoint of `start_step` this one goes on from."""
+    """The trial from whose checkpoint of `start_step` this one continues."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How the EMA weights of a trial did on data.val_uri."""
+    """Scores of a trial's EMA weights on data.val_uri."""
 
     lpips: float
     psnr_y: float
     lpips_by_picture: tuple[float, ...] = ()
-    """Of every picture the mean over its draws; nothing in checkpoints of earlier versions."""
+    """For each picture, the mean over its draws; empty for checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """Where a trial ended."""
+    """A trial's final step and score."""
 
     trial: Trial
     step: int
@@ -75,13 +75,13 @@ class Plan:
         self._config = config
         self._steps = report_steps(config.tune)
         self.trials: list[Trial] = []
-        """As far as the scores determine them."""
+        """As many as the scores determine so far."""
         self.scores: dict[str, dict[int, Score]] = {}
-        """By the trial's name and step."""
+        """By the name of the trial and by step."""
         self.failed: set[str] = set()
 
     def extend(self) -> None:
-        """Adds the trials that the scores have come to determine."""
+        """Adds the trials that the scores determine by now."""
         method = self._config.tune.method
         if method == "pbt":
             self.trials += self._next_generation()
@@ -92,7 +92,7 @@ class Plan:
             elif method == "asha":
                 point = random_point(self._config, number)
             else:
-                # The others may still be running when this one starts; with how many is a part of the method.
+                # The others may still be running when this one starts: how many is part of the method.
                 known = self.trials[: max(0, number + 1 - self._config.tune.max_concurrent)]
                 if not all(self.is_over(trial) for trial in known):
                     return
@@ -100,18 +100,18 @@ class Plan:
             self.trials.append(Trial(f"trial-{number:03d}", number, point, self._steps[-1]))
 
     def is_over(self, trial: Trial) -> bool:
-        """Whether nothing that the trial would still do counts."""
+        """Whether further steps of the trial would not count."""
         is_scored = trial.stop_step in self.scores.get(trial.name, {})
         return is_scored or trial.name in self.failed or trial.number in self._stops()
 
     def ranking(self) -> list[Ranked]:
-        """Trials that came to their end, the best first: by step, then objective, then PSNR-Y."""
+        """Finished trials, best first: by step, then objective, then PSNR-Y."""
         stops, last = self._stops(), self._steps[-1]
         ends = [(trial, stops.get(trial.number, last)) for trial in self.trials if trial.stop_step == last]
         return self._ranked(ends)
 
     def objective(self, score: Score, step: int) -> float:
-        """What a search minimises; see the top of this module."""
+        """The quantity that a search minimises; see the top of this module."""
         own = (scores.get(step) for name, scores in self.scores.items() if name.startswith(_FIRST))
         first = next(filter(None, own), None)
         floor = first.psnr_y - self._config.tune.max_psnr_loss_db if first else -math.inf
@@ -136,7 +136,7 @@ class Plan:
         return asha_stops(values, [trial.name in self.failed for trial in self.trials], self._steps[:-1][:2])
 
     def _tpe_point(self, number: int, known: Sequence[Trial]) -> Point:
-        """By Optuna's tree-structured Parzen estimator: a function of the seed, the number and the scores."""
+        """From Optuna's tree-structured Parzen estimator: a function of the seed, number and scores."""
         space = search_space(self._config.tune)
         seed = int(np.random.default_rng([self._config.seed, number]).integers(2**31))
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=_STARTUP_TRIALS)
@@ -153,8 +153,8 @@ class Plan:
     def _next_generation(self) -> list[Trial]:
         """Population-based training (Jaderberg et al. 2017, arXiv:1711.09846), a whole generation at a time.
 
-        The worst members, and those that failed, go on from a checkpoint of one of the best, with its point
-        perturbed. The first member is never replaced: it stays what the others are compared with.
+        The worst members, and those that failed, continue from a checkpoint of one of the best, with its
+        point perturbed. The first member is never replaced: it remains the baseline for the others.
         """
         if not self.trials:
             points = [random_point(self._config, number) for number in range(self._config.tune.num_trials)]
@@ -190,19 +190,19 @@ class Plan:
 def asha_stops(
     values: Sequence[Mapping[int, float]], failed: Sequence[bool], rungs: Sequence[int]
 ) -> dict[int, int]:
-    """Which trials stop, and at which step, as far as the values so far determine it.
+    """Which trials stop and at which step, as far as the values determine it by now.
 
-    Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934) with a factor of 2, for trials that
-    come in the order of their numbers: at each rung a trial goes on if it is in the better half, rounded up,
-    of itself and those with lower numbers that came to the rung. So the first trial always goes on.
+    Asynchronous successive halving (Li et al. 2018, arXiv:1810.05934) with a factor of 2, for trials taken in
+    the order of their numbers: at each rung a trial goes on if it is in the better half, rounded up, of the
+    trials up to its own number that reached the rung. So the first trial always goes on.
 
     Args:
-        values: What is minimised, by step, of every trial.
-        failed: Whether a trial ended by an error: it counts where it has values.
-        rungs: Steps of the decisions, rising.
+        values: The objective of every trial, by step.
+        failed: Whether each trial ended in an error; it still counts at the steps it has values for.
+        rungs: Steps at which to decide, ascending.
 
     Returns:
-        Step by the trial's number.
+        The step to stop at, by trial number.
     """
     stops: dict[int, int] = {}
     going = list(range(len(values)))
@@ -212,10 +212,10 @@ def asha_stops(
         for number in going:
             value = values[number].get(rung)
             if value is None:
-                if any(step > rung for step in values[number]):  # a preemption has cost it this score
+                if any(step > rung for step in values[number]):  # a preemption lost this score
                     passed.append(number)
                 elif not failed[number]:
-                    break  # what follows is undecided
+                    break  # trials after it are undecided
                 continue
             seen.append(value)
             if sum(other < value for other in seen) < math.ceil(len(seen) / 2):
@@ -231,7 +231,7 @@ def study_of(
     points: Sequence[tuple[Point, float]],
     sampler: optuna.samplers.BaseSampler | None = None,
 ) -> optuna.Study:
-    """Points of the space and their values, lower being better, as Optuna takes them; others are left out."""
+    """An Optuna study of the points inside the space and their values, lower being better."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler)
     study.add_trials(

@@ -1,4 +1,4 @@
-"""What a search shows at its end: a table and three plots."""
+"""The report of a finished search: a table and up to three plots."""
 
 import io
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from .verdict import chosen, is_own
 
 _COLOURS = colormaps["viridis_r"]
 _LEAST_TRIALS = 4
-"""Of fewer, nothing can be said about what matters."""
+"""Fewest trials from which to estimate which keys matter."""
 
 
 def table(trials: Sequence[Ranked]) -> str:
-    """The trials as lines of text, best first; `own` is the run's own point, `*` what best.json holds."""
+    """The trials as lines of text, best first; `own` marks the run's own point, `*` the one in best.json."""
     kept, keys = chosen(trials), list(trials[0].trial.point)
     names = [key.rpartition(".")[2] for key in keys]
     header = "".join(f"{name:>{_width(name)}}" for name in names)
@@ -41,7 +41,7 @@ def table(trials: Sequence[Ranked]) -> str:
 
 
 def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:
-    """PNG files by name: the schedules tried, parallel coordinates, and how much each key matters."""
+    """PNG files by name: the schedules tried, parallel coordinates and, given enough trials, importances."""
     files = {"schedules.png": _schedules(config, trials), "parallel.png": _parallel(config, trials)}
     if shares := importances(config, trials):
         files["importance.png"] = _importance(shares)
@@ -49,10 +49,10 @@ def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:
 
 
 def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]:
-    """How much each key tells whether a trial is in the better half of the ranking; they add up to 1.
+    """How well each key predicts whether a trial is in the better half of the ranking; they add up to 1.
 
-    PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) on ranks, as trials were scored at different steps. Of
-    a dozen trials it is a hint, no more; of fewer than four there is none.
+    PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) on ranks, as trials were scored at different steps.
+    With a dozen trials it is no more than a hint; with fewer than four the result is empty.
     """
     space = search_space(config.tune)
     trials = [one for one in trials if is_inside(one.trial.point, space)]
@@ -64,7 +64,7 @@ def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]
 
 
 def _schedules(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
-    """sigma_t and alpha_t over t, with a dot at every step of the curriculum's end."""
+    """sigma_t and alpha_t over t, with a dot at every step of the curriculum's final trajectory."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     noise, residual = figure.subplots(1, 2)
     t = np.linspace(0, 1, 101)
@@ -86,7 +86,7 @@ def _schedules(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
 
 
 def _parallel(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
-    """A line a trial through its values, each axis from the least to the largest that was tried."""
+    """A line per trial through its values; each axis spans the values tried."""
     keys = list(search_space(config.tune))
     columns = [[float(one.trial.point[key]) for one in trials] for key in keys]
     columns.append([one.objective for one in trials])
@@ -101,7 +101,7 @@ def _parallel(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
         for label, column in zip(labels, columns, strict=True)
     ]
     axes.set_xticks(range(len(labels)), ticks, fontsize=8)
-    axes.set(title="every trial; up is more", yticks=[])
+    axes.set(title="every trial; higher is larger", yticks=[])
     axes.grid(axis="x")
     _add_colour_bar(figure, trials, axes)
     return _png(figure)
@@ -116,7 +116,7 @@ def _importance(shares: dict[str, float]) -> bytes:
 
 
 def _style(trials: Sequence[Ranked], one: Ranked) -> dict[str, Any]:
-    """Colour by the objective; dotted where a trial was stopped, wide for the best."""
+    """Colour by objective; dotted for trials that were stopped early, thick for the best."""
     return {
         "color": _COLOURS(_norm(trials)(one.objective)),
         "linestyle": "-" if one.step == trials[0].step else ":",
@@ -126,7 +126,7 @@ def _style(trials: Sequence[Ranked], one: Ranked) -> dict[str, Any]:
 
 def _add_colour_bar(figure: Figure, trials: Sequence[Ranked], axes: Any) -> None:
     bar = figure.colorbar(ScalarMappable(_norm(trials), _COLOURS), ax=axes)
-    bar.set_label("objective: less is better; dotted: stopped early")
+    bar.set_label("objective: lower is better; dotted: stopped early")
 
 
 def _norm(trials: Sequence[Ranked]) -> Normalize:
@@ -135,7 +135,7 @@ def _norm(trials: Sequence[Ranked]) -> Normalize:
 
 
 def _scaled(column: Sequence[float]) -> list[float]:
-    """From 0 to 1; one half where all are equal."""
+    """Values scaled to 0 to 1; 0.5 if all are equal."""
     low, high = min(column), max(column)
     return [(value - low) / (high - low) if high > low else 0.5 for value in column]
 

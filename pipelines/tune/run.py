@@ -1,4 +1,4 @@
-"""A search over noise schedules: Ray Tune runs the trials of a plan, each a training run."""
+"""Searches noise schedules: Ray Tune runs the trials of a plan, each of them a training run."""
 
 import dataclasses
 import importlib.metadata
@@ -35,20 +35,20 @@ class Search:
     """A finished search."""
 
     trials: list[Ranked]
-    """From best to worst, without those that failed."""
+    """From best to worst, without failed ones."""
     config: RunConfig
-    """The run's config with the best point, or its own where none has been shown to be better."""
+    """The run's config with the best point, or with its own if none proved better."""
     config_uri: str
-    """Where it is written, for `pipelines.train --config`."""
+    """Where `config` is stored, for `pipelines.train --config`."""
     report: str
-    """The trials as a table, and what came of the search."""
+    """The table of trials and the verdict."""
 
 
 def check_search(config: RunConfig, *, fresh: bool = False) -> Inputs:
-    """Everything that can be wrong with a search and its surroundings, found within seconds and without Ray.
+    """Checks everything that a search needs, within seconds and without Ray.
 
     Raises:
-        UserError: The space, pictures, storage, backbones or MLflow cannot be used, or the folder holds
+        UserError: The space, pictures, storage, backbones or MLflow cannot be used, or the folder contains
             another search and `fresh` is not set.
     """
     check_space(config)
@@ -59,13 +59,13 @@ def check_search(config: RunConfig, *, fresh: bool = False) -> Inputs:
 
 
 def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = False) -> Search:
-    """Runs the trials, or what is left of them, and writes the best config and the report beside them.
+    """Runs the remaining trials, and stores the best config and the report in their folder.
 
     Args:
-        config: The run whose schedule is searched.
+        config: The run to find a schedule for.
         inputs: From `check_search`.
-        progress: Of `progress_line`.
-        fresh: Whether to delete what an earlier search of this name left, and start over.
+        progress: From `progress_line`.
+        fresh: Whether to delete an earlier search of this name and start over.
 
     Raises:
         UserError: No trial reached its first report.
@@ -73,7 +73,7 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = 
     folder = folder_uri(config)
     if fresh:
         delete_folder(folder)
-    write_bytes(f"{folder}/search.json", json.dumps(_described(config, inputs), indent=2).encode())
+    write_bytes(f"{folder}/search.json", json.dumps(_identity(config, inputs), indent=2).encode())
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
     tags = {
         "search": "true",
@@ -100,7 +100,7 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = 
 
 
 class _Proposals(Searcher):
-    """Gives Ray Tune the trials of a plan in their order, but those that were over before."""
+    """Gives Ray Tune the trials of a plan in order, except those that an earlier search finished."""
 
     def __init__(self, plan: Plan, config: RunConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Proposals(Searcher):
         self._trials: dict[str, Trial] = {}
 
     def upcoming(self) -> Trial | None:
-        """The next trial to run, as far as the scores determine it; the same until `suggest` takes it."""
+        """The next trial to run, if the scores determine it; the same one until `suggest` takes it."""
         while True:
             self._plan.extend()
             if self._num_taken == len(self._plan.trials):
@@ -122,7 +122,7 @@ class _Proposals(Searcher):
             self._num_taken += 1
 
     def suggest(self, trial_id: str) -> Any:
-        """The fields of a Trial; None while it takes more scores to know the next one."""
+        """The fields of a Trial; None while more scores are needed to determine the next one."""
         trial = self.upcoming()
         if trial is None:
             return Searcher.FINISHED if all(map(self._plan.is_over, self._plan.trials)) else None
@@ -131,24 +131,24 @@ class _Proposals(Searcher):
         return dataclasses.asdict(trial)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Notes that a trial failed."""
+        """Records a trial that failed."""
         trial = self._trials[trial_id]
         if error or not self._plan.is_over(trial):
             self._plan.failed.add(trial.name)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Saves nothing: what a search continues from are the checkpoints of its trials."""
+        """Saves nothing: a search resumes from the checkpoints of its trials."""
 
 
 class _Scores(FIFOScheduler):
-    """Takes the scores of running trials into a plan, and stops those that are over."""
+    """Adds the scores of running trials to a plan, and stops the trials that are over."""
 
     def __init__(self, plan: Plan, config: RunConfig) -> None:
         super().__init__()
         self._plan, self._last_step = plan, report_steps(config.tune)[-1]
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
+        """Whether to continue or stop the trial."""
         if "step" not in result:  # it ended without a score
             return TrialScheduler.CONTINUE
         known = Trial(**trial.config)
@@ -157,7 +157,7 @@ class _Scores(FIFOScheduler):
         )
         if result["step"] < self._last_step and self._plan.is_over(known):
             return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE  # at its last step it ends by itself
+        return TrialScheduler.CONTINUE  # after its last step it ends by itself
 
 
 def _run_trials(
@@ -168,7 +168,7 @@ def _run_trials(
     if proposals.upcoming() is None:
         return {}
     if num_over := sum(map(plan.is_over, plan.trials)):
-        progress.put_nowait(f"going on with {folder_uri(config)}: {num_over} trials are done.")
+        progress.put_nowait(f"resuming {folder_uri(config)}: {num_over} trials are done.")
     keep_secrets_out_of_trials()
     file_system, path = open_uri(folder_uri(config))
     trainable = tune.with_parameters(
@@ -179,12 +179,12 @@ def _run_trials(
         tune.with_resources(trainable, {"memory": 2**20}),
         param_space={},  # see _Proposals
         tune_config=tune.TuneConfig(
-            num_samples=-1,  # until there are no more
+            num_samples=-1,  # until there are no more trials
             max_concurrent_trials=config.tune.max_concurrent,
             search_alg=proposals,
             scheduler=_Scores(plan, config),
             trial_dirname_creator=lambda trial: trial.config["name"],
-            reuse_actors=False,  # stopping a trial ends its process, and with it the training
+            reuse_actors=False,  # stopping a trial must end its process, and with it the training
         ),
         run_config=tune.RunConfig(
             name="ray-tune", storage_path=path, storage_filesystem=file_system, verbose=0
@@ -200,14 +200,14 @@ def _found(config: RunConfig, plan: Plan, errors: dict[str, str]) -> Search:
     folder = folder_uri(config)
     failures = [f"{name} failed: {text}" for name, text in errors.items()]
     if not trials:
-        raise UserError(f"no trial of {folder} came to its end. {'; '.join(failures[:1])}")
+        raise UserError(f"no trial of {folder} finished. {'; '.join(failures[:1])}")
     report = [table(trials), *failures, verdict(config, trials)]
     best = with_point(config, chosen(trials).trial.point)
     return Search(trials, best, f"{folder}/best.json", "\n".join(report))
 
 
 def _store_report(found: Search, tracking_uri: str, run_id: str) -> None:
-    """Writes the best config, the table and the plots into the search's folder and into its MLflow run."""
+    """Stores the best config, the table and the plots in the search's folder and its MLflow run."""
     files = {
         "best.json": (json.dumps(to_dict(found.config), indent=2) + "\n").encode(),
         "trials.txt": (found.report + "\n").encode(),
@@ -224,8 +224,8 @@ def _store_report(found: Search, tracking_uri: str, run_id: str) -> None:
     logger.close()
 
 
-def _described(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What makes a search the one that it is."""
+def _identity(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What identifies a search."""
     return {
         "config": to_dict(config),
         "train_version": inputs.train.version,
@@ -242,12 +242,12 @@ def _refuse_changed_search(config: RunConfig, inputs: Inputs) -> None:
         raise
     except DataError:
         return  # there is none
-    now = _described(config, inputs)
+    now = _identity(config, inputs)
     changed = search_identity(FREE[config.tune.method]).changes(
         stored.pop("config") | stored, now.pop("config") | now
     )
     check(
         not changed,
-        f"{folder} holds another search ({', '.join(changed)}). Restore the old values to continue it, set "
-        "another name to start a new one, or give --fresh to delete it and start over.",
+        f"{folder} holds another search ({', '.join(changed)}). Restore the old values to resume it, set "
+        "another name to start a new one, or use --fresh to delete it and start over.",
     )

@@ -1,7 +1,7 @@
-"""The search space: which keys of a run's config a search varies and within what, and points in it.
+"""The search space: which keys of a run's config a search varies, their ranges, and points in the space.
 
-The ranges are fields of TuneConfig, beside the config that they vary. A point becomes a run through the
-loader that every config passes (`trial_config`): no trial reaches a value that the command line would refuse.
+The ranges are fields of TuneConfig, next to the config that they vary. Points become configs through the same
+strict loader as every other config (`trial_config`), so no trial gets a value that the command line rejects.
 """
 
 import itertools
@@ -31,14 +31,14 @@ VARIED = {
     "dtm_t_min": "loss.dtm_t_min",
     "dtm_t_max": "loss.dtm_t_max",
 }
-"""The config key that each range or list of choices in TuneConfig is of."""
+"""The config key that each range or list of choices in TuneConfig is for."""
 CHOICES = ("s0", "s1")
 NUM_REPORTS = 4
-"""Evaluations of a trial, evenly over its steps."""
+"""Evaluations of a trial, evenly spread over its steps."""
 
 
 def search_space(tune: TuneConfig) -> dict[str, Range]:
-    """What may be drawn, by config key."""
+    """The range or choices of each varied key, by config key."""
     space: dict[str, Range] = {}
     for name, key in VARIED.items():
         if values := getattr(tune, name):
@@ -53,13 +53,13 @@ def own_point(config: RunConfig) -> Point:
 
 
 def random_point(config: RunConfig, number: int) -> Point:
-    """The point of trial `number`, uniform in the space: a function of that and the run's seed alone."""
+    """The point of trial `number`, uniform in the space: a function of `number` and the run's seed."""
     rng = np.random.default_rng([config.seed, number])
     return {key: _drawn(one, rng) for key, one in search_space(config.tune).items()}
 
 
 def perturbed(config: RunConfig, point: Point, rng: np.random.Generator) -> Point:
-    """A point nearby: each range moved by a fifth of its width, one choice in four drawn anew."""
+    """A nearby point: each value moved by a fifth of its range, one choice in four drawn again."""
     found: dict[str, Any] = {}
     for key, one in search_space(config.tune).items():
         if isinstance(one, FloatDistribution):
@@ -88,10 +88,10 @@ def with_point(config: RunConfig, point: Point) -> RunConfig:
 
 
 def trial_config(config: RunConfig, point: Point, name: str) -> RunConfig:
-    """The training run that a trial is.
+    """The config of a trial's training run.
 
-    All its checkpoints stay, and there is room for those of preemptions: they hold the scores from which a
-    search continues.
+    It keeps all its checkpoints, with room for those made on preemption: they hold the scores from which a
+    search resumes.
 
     Raises:
         ConfigError: The command line would refuse it, too.
@@ -113,12 +113,12 @@ def trial_config(config: RunConfig, point: Point, name: str) -> RunConfig:
 
 
 def folder_uri(config: RunConfig) -> str:
-    """The search's folder: trials, best config and report."""
+    """The search's folder, with its trials, best config and report."""
     return f"{config.run_uri}-tune"
 
 
 def report_steps(tune: TuneConfig) -> list[int]:
-    """Steps at which a trial is scored: each quarter, and the last."""
+    """Steps at which a trial is scored: after each quarter, the last included."""
     total = tune.ct_steps + tune.dtm_steps
     every = -(-total // NUM_REPORTS)
     return sorted({min(every * quarter, total) for quarter in range(1, NUM_REPORTS + 1)})
@@ -127,8 +127,8 @@ def report_steps(tune: TuneConfig) -> list[int]:
 def check_space(config: RunConfig) -> None:
     """Builds the config of every corner of the space, so that no trial fails on it later.
 
-    The corners speak for what is between them: every check of these keys is a limit of one of them, or on a
-    difference that grows or shrinks steadily with each. All choices are among the corners.
+    If the corners are valid, so is everything between them: every check of these keys limits a single key, or
+    a difference that is monotonic in each key. Every choice is part of some corner.
 
     Raises:
         ConfigError: Nothing is varied, or a corner is not allowed.
@@ -145,7 +145,7 @@ def check_space(config: RunConfig) -> None:
             trial_config(config, point, "trial")
         except ConfigError as error:
             raise ConfigError(
-                f"the search space holds a point that is not allowed, {point}: {error}"
+                f"the search space contains a point that is not allowed, {point}: {error}"
             ) from error
     trial_config(config, own_point(config), "trial")
 

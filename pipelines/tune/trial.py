@@ -1,7 +1,7 @@
-"""What runs for a trial: a training run like any other, whose scores go to Ray Tune once they are stored.
+"""Runs a trial: a training run like any other, whose scores go to Ray Tune once its checkpoints are stored.
 
-Only a checkpoint that is complete in storage counts, so what a search decides on is what it finds again after
-an interruption.
+Only checkpoints complete in storage count, so a search decides on exactly what it finds after an
+interruption.
 """
 
 import threading
@@ -29,12 +29,12 @@ _POLL_S = 1.0
 
 
 def kept_scores(config: RunConfig, trial: Trial) -> dict[int, Score]:
-    """Scores by step of what a trial has done before.
+    """Scores, by step, that earlier runs of a trial have stored.
 
-    A folder with another point, left by a search whose trials failed in another way, is deleted.
+    Deletes a folder with another point, left by a search in which other trials failed.
 
     Raises:
-        StoreError: The store refuses or does not answer.
+        StoreError: The store denies access or does not respond.
     """
     uri = trial_config(config, trial.point, trial.name).run_uri
     stored = [one for one in complete(uri) if one.step > trial.start_step]
@@ -53,28 +53,28 @@ def run_trial(
 
     Args:
         proposal: The fields of a Trial.
-        config: Of the search.
-        inputs: Of the search.
-        progress: Of `progress_line`.
+        config: The search's config.
+        inputs: The search's inputs.
+        progress: From `progress_line`.
         parent_run_id: The search's run in MLflow.
     """
     trial = Trial(**proposal)
     run = trial_config(config, trial.point, trial.name)
     if trial.parent and not any(complete(run.run_uri)):
         _copy_checkpoint(f"{run.storage_uri}/{trial.parent}", trial.start_step, run.run_uri)
-    with training_run(run, inputs, parent_run_id) as run_id, _scores_told(run.run_uri):
+    with training_run(run, inputs, parent_run_id) as run_id, _scores_reported(run.run_uri):
         fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress, is_trial=True)
 
 
 @contextmanager
-def _scores_told(run_uri: str) -> Iterator[None]:
-    """Reports every checkpoint's scores to Ray Tune once it is stored, for the length of a `with` block."""
-    done, told = threading.Event(), set[int]()
+def _scores_reported(run_uri: str) -> Iterator[None]:
+    """Reports every checkpoint's scores to Ray Tune once it is stored, for the duration of a `with` block."""
+    done, reported = threading.Event(), set[int]()
 
-    def tell() -> None:
+    def report() -> None:
         for step, score in sorted(_scores(list(complete(run_uri))).items()):
-            if step not in told:
-                told.add(step)
+            if step not in reported:
+                reported.add(step)
                 tune.report({"step": step, **asdict(score)})
 
     def watch() -> None:
@@ -82,10 +82,10 @@ def _scores_told(run_uri: str) -> Iterator[None]:
         while not done.wait(_POLL_S):
             try:
                 if (found := list_sizes(run_uri)) != seen:
-                    tell()
+                    report()
                     seen = found
             except StoreError:
-                continue  # the block's end asks again, and fails if the store still does
+                continue  # the report at the end tries again, and fails if the store still does
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -94,19 +94,19 @@ def _scores_told(run_uri: str) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-    tell()
+    report()
 
 
 def _scores(stored: list[Stored]) -> dict[int, Score]:
     return {
         one.step: Score(metrics["lpips"], metrics["psnr_y"], tuple(one.meta.get(LPIPS_BY_PICTURE, ())))
         for one in stored
-        if (metrics := one.meta["metrics"])  # else saved in a hurry, before a node went
+        if (metrics := one.meta["metrics"])  # a checkpoint on preemption has none
     }
 
 
 def _copy_checkpoint(parent_uri: str, step: int, run_uri: str) -> None:
-    """Puts the parent's checkpoint of one step into a run's folder, from which the run then goes on."""
+    """Copies the parent's checkpoint of one step into a run's folder, for the run to resume from."""
     found = next((one for one in complete(parent_uri) if one.step == step), None)
     if found is None:
         raise DataError(f"there is no checkpoint of step {step} under {parent_uri}. Search with --fresh.")

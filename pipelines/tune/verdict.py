@@ -1,4 +1,4 @@
-"""Whether a search has found a better schedule than the run's own, as far as the pictures can tell."""
+"""Whether a search has found a better schedule than the run's own, as far as the pictures can show."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from .methods import Ranked
 
 
 def too_few(num_pictures: int) -> str:
-    """A warning before a search that can end in one way only; empty where there are enough pictures."""
+    """A warning before a search that cannot recommend anything; empty if there are enough pictures."""
     if num_pictures >= MIN_PICTURES:
         return ""
     return (
         f"warning: data.val_uri has {num_pictures} pictures, too few to tell trials apart: best.json will "
-        f"keep the run's own schedule. It takes {MIN_PICTURES}, and small gains take dozens."
+        f"keep the run's own schedule. At least {MIN_PICTURES} are needed, and dozens for small gains."
     )
 
 
@@ -24,10 +24,10 @@ def is_own(one: Ranked) -> bool:
 
 
 def chosen(trials: Sequence[Ranked]) -> Ranked:
-    """The trial whose schedule a search recommends, of those ranked best first.
+    """The trial whose schedule a search recommends, from trials ranked best first.
 
-    The best one if it is better than the run's own beyond what the choice of pictures explains, or if that
-    failed; else the run's own.
+    The best trial if it beats the run's own by more than the choice of pictures can explain, or if the run's
+    own failed; otherwise the run's own.
     """
     own = _own(trials)
     gain = _gain(trials)
@@ -40,7 +40,7 @@ def verdict(config: RunConfig, trials: Sequence[Ranked]) -> str:
     tune, best, own = config.tune, trials[0], _own(trials)
     budget = f"at {tune.ct_steps} CT + {tune.dtm_steps} DTM steps, on data.val_uri"
     if best is own:
-        return f"no trial was better than the run's own schedule, {budget}: best.json holds that one."
+        return f"no trial was better than the run's own schedule, {budget}: best.json holds the run's own."
     values = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in best.trial.point.items())
     lines = [f"best: {best.trial.name}, {budget}: {values}; LPIPS {best.score.lpips:.4f}"]
     if own is None:
@@ -50,8 +50,8 @@ def verdict(config: RunConfig, trials: Sequence[Ranked]) -> str:
     against = f"against the run's own schedule: LPIPS {best.score.lpips - own.score.lpips:+.4f}"
     if gain is None:
         lines.append(
-            f"{against} over {len(_differences(best, own))} pictures, and it takes {MIN_PICTURES} of "
-            "data.val_uri or more to tell trials apart: best.json keeps the run's own."
+            f"{against} over {len(_differences(best, own))} pictures, too few to tell trials apart "
+            f"({MIN_PICTURES} needed in data.val_uri): best.json keeps the run's own."
         )
         return "\n".join(lines)
     others = f", as the best of {len(trials) - 1}" if len(trials) > 2 else ""
@@ -64,12 +64,12 @@ def verdict(config: RunConfig, trials: Sequence[Ranked]) -> str:
 
 
 def _own(trials: Sequence[Ranked]) -> Ranked | None:
-    """None where it failed."""
+    """The trial of the run's own schedule; None if it failed."""
     return next((one for one in trials if is_own(one)), None)
 
 
 def _gain(trials: Sequence[Ranked]) -> Interval | None:
-    """LPIPS of the best trial minus that of the run's own; None where too few pictures have both."""
+    """LPIPS of the best trial minus LPIPS of the run's own; None if too few pictures have both."""
     own = _own(trials)
     if own is None or own is trials[0]:
         return None
@@ -77,6 +77,6 @@ def _gain(trials: Sequence[Ranked]) -> Interval | None:
 
 
 def _differences(one: Ranked, other: Ranked) -> list[float]:
-    """By picture; nothing where a checkpoint of an earlier version holds no such scores."""
+    """LPIPS differences by picture; empty if a checkpoint of an earlier version has no such scores."""
     pairs = (one.score.lpips_by_picture, other.score.lpips_by_picture)
     return [a - b for a, b in zip(*pairs, strict=True)] if all(pairs) else []

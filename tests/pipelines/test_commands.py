@@ -340,7 +340,7 @@ def test_a_search_space_with_a_schedule_that_is_not_allowed(
     refused: Refused, setting: str, message: str
 ) -> None:
     printed = refused(tune, setting)
-    assert "the search space holds a point that is not allowed, {'schedule.sigma_max': " in printed
+    assert "the search space contains a point that is not allowed, {'schedule.sigma_max': " in printed
     assert message in printed
 
 

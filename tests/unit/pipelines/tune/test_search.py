@@ -301,8 +301,11 @@ def own_of(ranked: list[Ranked]) -> Ranked:
     ("score", "said"),
     [
         (on_pictures(1.2, spread=1.0), " over 40 pictures (95%, as the best of 11): no difference. "),
-        (on_pictures(1.2, number=4), " over 4 pictures, and it takes 5 of data.val_uri or more to tell "),
-        (near(1.2), " over 0 pictures, and it takes 5 "),  # checkpoints from before there were such scores
+        (
+            on_pictures(1.2, number=4),
+            " over 4 pictures, too few to tell trials apart (5 needed in data.val_uri)",
+        ),
+        (near(1.2), " over 0 pictures, too few "),  # checkpoints from before there were such scores
     ],
 )
 def test_without_a_difference_the_own_schedule_is_kept(score: Scorer, said: str) -> None:

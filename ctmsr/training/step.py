@@ -6,19 +6,19 @@ number of workers: n workers on n parts of a batch compute what one worker compu
 
 import contextlib
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..model.network import ResidualBlock
 from .losses import Distance
 from .objective import Batch, Recipe, compute_losses
 from .state import StepRecord, TrainState
 
-CompileMode = Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"]
-
 _STEPS_UNCHECKED = 16
 """Steps between checks for finite gradients on a GPU."""
+_MAX_COMPILED_BLOCKS = 256
+"""Kinds of blocks, with and without gradients; torch gives up after eight unless told otherwise."""
 
 
 def train_step(
@@ -65,20 +65,20 @@ def train_step(
     return losses
 
 
-def compile_step(state: TrainState, lpips: nn.Module, mode: CompileMode = "default") -> None:
-    """Compiles the network and LPIPS on their first call, for the shapes they get.
+def compile_step(state: TrainState) -> None:
+    """Compiles the network's blocks on their first call, for the shapes they get.
 
+    Blocks of one kind share what was compiled, so it takes half as long as for the network as a whole.
     Prediction and target still share their dropout masks: every call draws the seeds of its masks from the
-    generator that `compute_losses` seeds, even when CUDA graphs replay it.
+    generator that `compute_losses` seeds.
 
     Args:
         state: Its `network` computes the same as before, except for rounding.
-        lpips: LPIPS-vgg.
-        mode: A mode of `torch.compile`; "reduce-overhead" replays CUDA graphs, which helps if the network is
-            so small that the host cannot keep up.
     """
-    state.network.model.compile(mode=mode, dynamic=False)
-    lpips.compile(mode=mode, dynamic=False)
+    torch._dynamo.config.recompile_limit = _MAX_COMPILED_BLOCKS
+    for module in state.network.modules():
+        if isinstance(module, ResidualBlock):
+            module.compile(dynamic=False)
 
 
 def _backward(state: TrainState, parts: list[Batch], recipe: Recipe, lpips: Distance) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Precision of the network and of LPIPS's backbone; weights, sums of losses and updates stay in fp32."""
     compile: bool = False
-    """torch.compile the network and LPIPS: takes minutes at the start and makes steps faster."""
+    """torch.compile the blocks of the network: takes minutes at the start and makes steps faster."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, a fraction of the memory."""
     log_every_steps: int = 50

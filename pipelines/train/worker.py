@@ -50,7 +50,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     state, unsent = _initial_state(config, device)
     lpips = _loss_network(config, device)
     if config.train.compile:
-        compile_step(state, lpips)
+        compile_step(state)
     monitor = StreamMonitor(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
     leader = _Leader(config, loop, monitor, unsent) if context.get_world_rank() == 0 else None
     batches = prefetch(_batches(config, num_workers, monitor), device)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ctmsr.image import decode, encode_png
+from ctmsr.image import decode
 from ctmsr.metrics.scoring import stack
 
 from .peers import SCALE, Made
@@ -52,8 +52,8 @@ def sheet(folder: Path, names: Sequence[str], shown: Sequence[Sample]) -> Path:
         if path.exists():
             columns[name] = decode(path.read_bytes(), name=str(path))
     columns["HR"] = np.vstack([_crop(sample.key, sample.hr_u8) for sample in shown])
-    target = folder / "quality.png"
-    target.write_bytes(encode_png(np.hstack([_labelled(*column) for column in columns.items()])))
+    target = folder / "quality.jpg"
+    Image.fromarray(np.hstack([_labelled(*column) for column in columns.items()])).save(target, quality=88)
     return target
 
 

@@ -28,7 +28,7 @@ from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.training.losses import LossConfig
 from ctmsr.training.objective import Batch
 from ctmsr.training.state import build_state
-from ctmsr.training.step import CompileMode, compile_step, train_step
+from ctmsr.training.step import compile_step, train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 
@@ -53,7 +53,7 @@ class Variant:
     """bf16 by autocast, which casts the weights whenever they are used."""
     bf16_copy: bool = False
     """bf16 on a copy of the weights, which is cast once a step."""
-    compile: CompileMode | None = None
+    compile: bool = False
 
 
 OURS = Variant("+ fused AdamW and EMA, nothing read")
@@ -63,11 +63,6 @@ GPU = (
     Variant("+ autocast to bf16", channels_last=True, bf16_lpips=True, autocast=True),
     Variant("  or a bf16 copy of the weights", channels_last=True, bf16_lpips=True, bf16_copy=True),
 )
-COMPILED = (
-    Variant("+ torch.compile", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="default"),
-    Variant("+ CUDA graphs", channels_last=True, bf16_lpips=True, bf16_copy=True, compile="reduce-overhead"),
-)
-"""Compiling the published network takes minutes, or seconds where TORCHINDUCTOR_CACHE_DIR remembers it."""
 
 
 def torch_defaults(compute: Callable[[], Result]) -> Result:
@@ -89,7 +84,7 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
-        compile_step(state, lpips, variant.compile)
+        compile_step(state)
 
     def step(batch: Batch) -> Tensor:
         with torch.autocast(batch.hr_u8.device.type, torch.bfloat16, enabled=variant.autocast):
@@ -153,7 +148,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
     )
     parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
-    parser.add_argument("--compiled", action="store_true", help="compiled forms, too; takes minutes")
+    parser.add_argument("--compiled", action="store_true", help="a compiled form, too; takes minutes")
     parser.add_argument("--json", type=Path, help="write figures and losses there, too")
     arguments = parser.parse_args()
     if arguments.kit:
@@ -175,7 +170,9 @@ def main() -> None:
             "+ fused attention": {"skip_known_target": True, "fused_attention": True},
         }.items()
     }
-    variants = (OURS, *(GPU if device == "cuda" else ()), *(COMPILED if arguments.compiled else ()))
+    variants = [OURS, *(GPU if device == "cuda" else ())]
+    if arguments.compiled:
+        variants.append(replace(variants[-1], name="+ torch.compile", compile=True))
     for variant in variants:
         steps[variant.name] = our_step(variant, model, config)
     results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)

@@ -135,7 +135,7 @@ def test_a_run_starts_over_when_told_to(bucket: str, tmp_path: Path) -> None:
     config = run_config(bucket, tmp_path, f"storage_uri={tmp_path}/runs")
     write_checkpoint(config, f"{config.run_uri}/checkpoint_3")
     other = replace(config, seed=5)
-    with pytest.raises(ConfigError, match=r"\(seed: 0 -> 5\).* or use --fresh to delete this one"):
+    with pytest.raises(ConfigError, match=r"\(seed: 0 -> 5\).* --fresh "):
         check_inputs(other)
     inputs = check_inputs(other, fresh=True)
     assert find(config.run_uri).step == 3  # a check deletes nothing

@@ -233,7 +233,7 @@ def test_a_compiled_step_shares_the_dropout_mask_and_its_losses_are_near() -> No
     recipe = replace(RECIPE, schedule=ScheduleConfig(s0=1000, s1=1000, noise_rho=1e-4, res_rho=1e-4))
     compiled = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
     plain = build_state(filled_model(replace(NETWORK, dropout=0.5)), OPTIM)
-    compile_step(compiled, torch.nn.Identity())
+    compile_step(compiled)
     losses, expected = (
         train_step(each, part(BATCH, slice(2)), recipe, distance) for each in (compiled, plain)
     )
@@ -243,7 +243,7 @@ def test_a_compiled_step_shares_the_dropout_mask_and_its_losses_are_near() -> No
 @pytest.mark.slow
 def test_a_compiled_network_takes_the_same_steps() -> None:
     plain, compiled = build_state(filled_model(), OPTIM), build_state(filled_model(), OPTIM)
-    compiled.model.model.compile()
+    compile_step(compiled)
     for _ in range(2):
         expected = train_step(plain, part(BATCH, slice(2)), RECIPE, distance)
         losses = train_step(compiled, part(BATCH, slice(2)), RECIPE, distance)

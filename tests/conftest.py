@@ -1,4 +1,4 @@
-"""What tests share: real photographs, an S3 server and a Ray cluster in this machine, each started once."""
+"""Fixtures for all tests: real photographs, an S3 server and a Ray cluster on this machine, started once."""
 
 import logging
 import tempfile
@@ -26,7 +26,7 @@ class S3:
     is_moto: bool
 
     def make_bucket(self, name: str, files: Mapping[str, bytes] | None = None) -> str:
-        """Creates a bucket that holds `files` by key, and returns its URI."""
+        """Creates a bucket with `files`, by key, and returns its URI."""
         self.client.create_bucket(Bucket=name)
         for key, data in (files or {}).items():
             self.client.put_object(Bucket=name, Key=key, Body=data)
@@ -34,8 +34,8 @@ class S3:
 
     @contextmanager
     def as_a_stranger(self) -> Iterator[None]:
-        """While active, this process signs with a secret that the server does not know."""
-        if self.is_moto:  # which believes everybody unless told
+        """While active, this process signs requests with a secret that the server does not know."""
+        if self.is_moto:  # which accepts any signature unless told otherwise
             self._check_after("0")
         try:
             with pytest.MonkeyPatch.context() as patch:
@@ -52,15 +52,15 @@ class S3:
 
 
 Store = Callable[[Mapping[str, bytes]], str]
-"""Makes a new folder that holds files, by key, and returns its URI."""
+"""Creates a new folder with files, by key, and returns its URI."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server of the tests")
+    parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server that tests use")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Another store than the usual one is for the tests that use a store."""
+    """With another store than moto, runs only the tests that use a store."""
     if config.getoption("--store") != "moto":
         others = [item for item in items if "s3" not in getattr(item, "fixturenames", ())]
         items[:] = [item for item in items if item not in set(others)]
@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Tiny networks gain nothing from threads, and on a busy machine waiting for each other is slow."""
+    """Tiny networks gain nothing from threads, which wait for each other on a busy machine."""
     import torch
 
     torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def _ceph() -> Iterator[tuple[str, str, str]]:
 
 @pytest.fixture(params=["local", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
-    """A new folder in either kind of storage, filled with files by key."""
+    """Fills a new folder in either kind of storage with files, by key."""
 
     from pipelines.infra.storage import write_bytes
 
@@ -130,7 +130,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
 
 @pytest.fixture(scope="session")
 def ray_session(s3: S3) -> Iterator[None]:
-    """One local cluster of four logical CPUs, whose workers see the S3 server."""
+    """A local cluster of four logical CPUs whose workers can reach the S3 server."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +156,7 @@ def ray_session(s3: S3) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photos() -> dict[str, bytes]:
-    """PNG files of 128 x 96 pixels by name: the middles of real photographs."""
+    """PNG files of 128 x 96 pixels, by name: the centres of real photographs."""
     import skimage.data
 
     from ctmsr.image import encode_png

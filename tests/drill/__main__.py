@@ -1,9 +1,9 @@
-"""The fault drill: training through many faults ends as without any. `python -m tests.drill --faults 20`
+"""The fault drill: training through many faults must end as if there were none: `python -m tests.drill`
 
-On this machine it starts an S3 server behind a proxy, MLflow, a Ray head and two nodes, and trains twice:
-first undisturbed, then through faults of every kind, at steps and for times that the seed determines. In the
-end both runs must have the same bits and the same losses, and every checkpoint must be readable. Needs root,
-for a small disk that can be filled.
+Starts an S3 server behind a proxy, MLflow, a Ray head and two nodes on this machine, and trains twice: first
+undisturbed, then through faults of every kind, at steps and for times determined by the seed. In the end both
+runs must have the same weights, bit for bit, and the same losses, and every checkpoint must be readable.
+Needs root, for a small disk that can be filled.
 """
 
 import argparse
@@ -31,7 +31,7 @@ LENGTH_S = (3.0, 8.0)
 
 
 def plan(num_faults: int, seed: int) -> list[Fault]:
-    """Faults of every kind in a random order, one in each STEPS_PER_FAULT steps."""
+    """Faults of every kind in random order, one in every STEPS_PER_FAULT steps."""
     draw = random.Random(seed)
     kinds = [*KINDS, *draw.choices(KINDS, k=num_faults - len(KINDS))]
     draw.shuffle(kinds)
@@ -48,11 +48,13 @@ def plan(num_faults: int, seed: int) -> list[Fault]:
 
 
 def undisturbed(there: World, total_steps: int) -> None:
-    """The reference."""
+    """Trains the reference run."""
     with there.train("reference", total_steps) as command:
         command.wait_until(command.status, "end", timeout_s=RECOVERY_S + 2 * total_steps)
         if command.status() != 0:
-            raise DrillError(f"without a fault the command ended with {command.status()}. {command.told()}")
+            raise DrillError(
+                f"without a fault the command ended with {command.status()}. {command.log_tail()}"
+            )
 
 
 def main() -> int:
@@ -61,17 +63,17 @@ def main() -> int:
         prog="python -m tests.drill", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--faults", type=int, default=20, help=f"how many, at least {len(KINDS)}: one of each kind"
+        "--faults", type=int, default=20, help=f"number of faults; at least {len(KINDS)}, one of each kind"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of kinds, steps and times")
+    parser.add_argument("--seed", type=int, default=0, help="determines kinds, steps and times")
     parser.add_argument(
-        "--folder", type=Path, help="a new folder for logs, which stay there; else they are deleted"
+        "--folder", type=Path, help="a new folder to keep the logs in; by default they are deleted"
     )
     arguments = parser.parse_args()
     if arguments.faults < len(KINDS):
         parser.error(f"--faults must be at least {len(KINDS)}, one of each kind, got {arguments.faults}")
     if os.geteuid() != 0:
-        parser.error("only root can mount the small disk that is filled")
+        parser.error("only root can mount the small disk to be filled")
     signal.signal(signal.SIGTERM, _stop)
     with ExitStack() as stack:
         if arguments.folder:
@@ -82,7 +84,7 @@ def main() -> int:
 
 
 def drill(there: World, faults: list[Fault], seed: int) -> int:
-    """Both runs, and what came of them. Returns the exit status."""
+    """Runs both trainings and reports; returns the exit status."""
     total_steps = (len(faults) + 1) * STEPS_PER_FAULT
     started = time.monotonic()
     undisturbed(there, total_steps)
@@ -93,7 +95,7 @@ def drill(there: World, faults: list[Fault], seed: int) -> int:
             print(run.strike(fault), flush=True)
         run.finish()
     except RuntimeError as error:
-        print(f"{len(run.recovered_s)} of {len(faults)} faults ended right, then: {error}", file=sys.stderr)
+        print(f"{len(run.recovered_s)} of {len(faults)} faults were survived, then: {error}", file=sys.stderr)
         return 1
     finally:
         run.command.kill()
@@ -109,7 +111,7 @@ def report(there: World, run: FaultedRun, num_faults: int, total_steps: int) -> 
     for problem in (*state, *broken, *steps[:10]):
         print(problem, file=sys.stderr)
     print(
-        f"{len(run.recovered_s)} of {num_faults} ended right, {BATCH * len(steps)} samples lost, "
+        f"{len(run.recovered_s)} of {num_faults} faults survived, {BATCH * len(steps)} samples lost, "
         f"{len(broken)} unreadable checkpoints; median time to recover "
         f"{statistics.median(run.recovered_s):.1f} s"
     )

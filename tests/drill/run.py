@@ -1,4 +1,4 @@
-"""A training under faults: it is followed, struck, and started again where its command may end."""
+"""A training under faults: follows it, injects faults, and restarts its command where that may end."""
 
 import random
 import time
@@ -18,26 +18,26 @@ KINDS = (*FAULTS, DRIVER)
 RECOVERY_S = 240
 """Longer than any recovery should take."""
 _MAY_END_COMMAND = ("store", "disk")
-"""After these the command may give up with an error, and is started again."""
+"""Faults after which the command may give up with an error, to be restarted."""
 _GRACE_S = 60
 
 
 class DrillError(RuntimeError):
-    """The training did not take a fault as it should."""
+    """The training did not survive a fault as it should."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, and when."""
+    """A fault and when it strikes."""
 
     number: int
     kind: str
     step: int
-    """It strikes once this step is done."""
+    """The step after which it strikes."""
     delay_s: float
-    """And so much later: anywhere in a step, or in a checkpoint."""
+    """Delay after that step: it may hit any moment of a step or of a checkpoint."""
     length_s: float
-    """How long what breaks stays broken."""
+    """How long the fault lasts."""
 
 
 class FaultedRun:
@@ -45,7 +45,7 @@ class FaultedRun:
 
     def __init__(self, there: World, total_steps: int, seed: int) -> None:
         self._there, self._total_steps, self._draw = there, total_steps, random.Random(seed)
-        # not through the server, which is dead at times
+        # not through the server, which is down at times
         self._client = MlflowClient(f"sqlite:///{there.folder}/mlflow.db")
         self._store = boto3.client("s3")
         self._num_starts, self._forgiven_until = 0, 0.0
@@ -55,19 +55,19 @@ class FaultedRun:
 
     @property
     def run_uri(self) -> str:
-        """Where its checkpoints are."""
+        """The folder of its checkpoints."""
         return f"{BUCKET}/runs/faulted"
 
     def strike(self, fault: Fault) -> str:
-        """Lets a fault happen, and returns what there is to tell once training has gone on.
+        """Injects a fault and waits until training has recovered; returns a line of report.
 
         Raises:
-            DrillError: It has not, or the command ended that should have taken it.
+            DrillError: It did not recover, or the command ended when it should not have.
         """
         self._wait_for_step(fault.step)
         time.sleep(fault.delay_s)
         if self.command.status() == 0:
-            raise DrillError("the training was over before all faults had struck: it is too fast for them.")
+            raise DrillError("the training finished before all faults had struck; it is too fast.")
         step, num_starts, struck_s = self._step(), self._num_starts, time.time()
         if fault.kind == DRIVER:
             self.command.kill()
@@ -85,7 +85,7 @@ class FaultedRun:
         return f"{fault.number:3d}  {fault.kind:7s} at step {step:4d}, {took}{started}"
 
     def finish(self) -> None:
-        """Returns once the run is at its end."""
+        """Waits for the run to finish."""
         deadline = time.monotonic() + RECOVERY_S + self._total_steps
         while self.command.status() != 0:
             self._tend(deadline)
@@ -100,7 +100,7 @@ class FaultedRun:
             self._tend(deadline)
 
     def _points_until_saved(self, mended_s: float) -> list[Point]:
-        """What MLflow has once there is a checkpoint of a step that was done after `mended_s`."""
+        """The losses in MLflow, once there is a checkpoint of a step done after `mended_s`."""
         deadline = time.monotonic() + RECOVERY_S
         while True:
             points, saved = self._points(), self._saved()
@@ -109,26 +109,24 @@ class FaultedRun:
             self._tend(deadline)
 
     def _tend(self, deadline: float) -> None:
-        """Waits a moment. A command that has ended is started again, where it may end."""
+        """Waits a moment, and restarts a command that has ended where it may."""
         status = self.command.status()
         if status == 0:
-            raise DrillError("the training is over, and MLflow does not have all of its steps.")
+            raise DrillError("the training is over, but MLflow lacks some of its steps.")
         if status is not None:
             if time.monotonic() > self._forgiven_until:
-                raise DrillError(f"the command ended with {status}. {self.command.told()}")
+                raise DrillError(f"the command ended with {status}. {self.command.log_tail()}")
             self._start()
         if time.monotonic() > deadline:
-            raise DrillError(
-                f"the training has not gone on beyond step {self._step()}. {self.command.told()}"
-            )
+            raise DrillError(f"the training is stuck at step {self._step()}. {self.command.log_tail()}")
         time.sleep(0.25)
 
     def _step(self) -> int:
-        """The last step that MLflow or a checkpoint tells of."""
+        """The last step known to MLflow or in a checkpoint."""
         return max([0, *self._saved(), *(point.step for point in self._points())])
 
     def _saved(self) -> dict[int, bool]:
-        """By step, whether a checkpoint that was begun is complete."""
+        """Whether the checkpoint of each step, once begun, is complete."""
         bucket, _, prefix = f"{self.run_uri}/checkpoint_".removeprefix("s3://").partition("/")
         pages = self._store.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
@@ -143,9 +141,9 @@ class FaultedRun:
 
 
 def longest_pause_s(points: list[Point], struck_s: float) -> float:
-    """The longest time after `struck_s` in which no step was done that had not been done before.
+    """The longest time after `struck_s` without a new step, in seconds.
 
-    Not only until the first new step: a full disk is noticed when the next checkpoint is written.
+    Looks beyond the first new step: a full disk shows only when the next checkpoint is written.
     """
     pauses, last_step, last_s = [0.0], 0, 0.0
     for point in points:

@@ -1,4 +1,4 @@
-"""What must be true after a fault drill; each function returns what is not, in words."""
+"""What must hold after a fault drill; each function returns the violations, in words."""
 
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from tests.support.training_command import Point
 
 
 def other_state(expected: Stored, found: Stored) -> list[str]:
-    """EMA, weights or optimizer state in which two runs differ in any bit."""
+    """Tensors of EMA, weights or optimizer state that differ between two runs in any bit."""
     with fetched(expected.uri) as one, fetched(found.uri) as other:
         if checkpoint.read_manifest(one).files == checkpoint.read_manifest(other).files:
             return []
@@ -33,7 +33,7 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def lost_steps(expected: list[Point], found: list[Point], total_steps: int) -> list[str]:
-    """Steps whose loss is missing in MLflow, or is not the reference's every time it was logged."""
+    """Steps whose loss is missing in MLflow, or was ever logged with another value than the reference's."""
     reference = {point.step: point.loss for point in expected}
     losses: defaultdict[int, set[float]] = defaultdict(set)
     for point in found:
@@ -48,7 +48,7 @@ def lost_steps(expected: list[Point], found: list[Point], total_steps: int) -> l
 
 
 def unreadable(run_uri: str) -> list[str]:
-    """Checkpoints of a run that pass for complete, and whose files are not what their manifest says."""
+    """Checkpoints of a run that look complete but whose files do not match their manifest."""
     wrong = []
     for path in list_sizes(run_uri):
         if path.name == checkpoint.MANIFEST_FILE and path.parent != PurePosixPath("."):
@@ -62,7 +62,7 @@ def unreadable(run_uri: str) -> list[str]:
 
 
 def unreadable_newest(run_uri: str) -> list[str]:
-    """As `unreadable`, of what a run that starts now would continue from; while it is going on."""
+    """Like `unreadable`, for the checkpoint that a restart would resume from, while the run goes on."""
     found = newest(run_uri)
     if found is None:
         return []

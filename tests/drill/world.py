@@ -1,4 +1,4 @@
-"""What a fault drill needs: a store behind a proxy, MLflow, a small disk, a Ray cluster, and the faults."""
+"""The world of a fault drill: a store behind a proxy, MLflow, a small disk, a Ray cluster, and faults."""
 
 import errno
 import os
@@ -28,23 +28,23 @@ _DISK_MB = 200
 
 @dataclass(frozen=True)
 class World:
-    """Everything that runs."""
+    """The running servers and nodes."""
 
     folder: Path
     proxy: FaultProxy
     mlflow: Server
     nodes: RayNodes
     workers: list[Child]
-    """The nodes that hold a Ray Train worker each; the head holds none."""
+    """The nodes with one Ray Train worker each; the head has none."""
     disk: Path
-    """Where the worker nodes have their temporary files."""
+    """The worker nodes' folder for temporary files."""
 
     def add_node(self) -> None:
-        """One more worker node."""
+        """Adds a worker node."""
         self.workers.append(self.nodes.add(NUM_CPUS + 1, env={"TMPDIR": str(self.disk)}))
 
     def train(self, name: str, total_steps: int, number: int = 0) -> Child:
-        """Starts the training command, the last third of whose steps are DTM."""
+        """Starts the training command; the last third of its steps are DTM."""
         dtm_steps = total_steps // 3
         settings = [
             f"name={name}",
@@ -61,7 +61,7 @@ class World:
 
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
-    """All of it for the length of a `with` block. This process sees the store without the proxy."""
+    """The world for the duration of a `with` block; this process accesses the store without the proxy."""
     with ExitStack() as stack:
         store = stack.enter_context(s3_server(folder))
         os.environ |= _aws(store.url)
@@ -106,35 +106,35 @@ def _small_disk(folder: Path) -> Iterator[Path]:
 
 
 def kill_worker(there: World, draw: random.Random, length_s: float) -> None:
-    """A process of training ends as if the kernel had run out of memory."""
+    """Kills a training process, as the kernel does when memory runs out."""
     node = draw.choice(there.workers)
     alive = node.wait_until(lambda: node.pids(TRAIN_WORKER) or None, "worker", timeout_s=120)
     kill(draw.choice(alive))
 
 
 def kill_node(there: World, draw: random.Random, length_s: float) -> None:
-    """A machine loses power, and another one takes its place after `length_s`."""
+    """Cuts a machine's power, and adds a new machine after `length_s`."""
     there.workers.pop(draw.randrange(len(there.workers))).kill()
     time.sleep(length_s)
     there.add_node()
 
 
 def fail_store(there: World, draw: random.Random, length_s: float) -> None:
-    """The store is busy, hangs up and stalls."""
+    """Makes the store busy, drop connections and stall for `length_s`."""
     there.proxy.change(STORE_FAULTS)
     time.sleep(length_s)
     there.proxy.change({})
 
 
 def kill_mlflow(there: World, draw: random.Random, length_s: float) -> None:
-    """MLflow is gone for `length_s`."""
+    """Takes MLflow down for `length_s`."""
     there.mlflow.kill()
     time.sleep(length_s)
     there.mlflow.start()
 
 
 def fill_disk(there: World, draw: random.Random, length_s: float) -> None:
-    """The worker nodes' disk is full for `length_s`, whatever is deleted there meanwhile."""
+    """Keeps the worker nodes' disk full for `length_s`, whatever is deleted there in the meantime."""
     ballast, until = there.disk / "ballast", time.monotonic() + length_s
     try:
         with ballast.open("wb", buffering=0) as file:
@@ -156,4 +156,4 @@ FAULTS: Mapping[str, Callable[[World, random.Random, float], None]] = {
     "mlflow": kill_mlflow,
     "disk": fill_disk,
 }
-"""By name. Each returns once what it broke is mended, not yet what this did to the training."""
+"""Faults by name. Each returns once the fault itself is over, before the training has recovered."""

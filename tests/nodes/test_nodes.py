@@ -48,7 +48,7 @@ class Run:
     def wait_to_end(self, *, timeout_s: float) -> Stored:
         """The last checkpoint of a command that must succeed."""
         self.command.wait_until(self.command.status, "end", timeout_s=timeout_s)
-        assert self.command.status() == 0, self.command.told()
+        assert self.command.status() == 0, self.command.log_tail()
         return find(f"{self.storage_uri}/{self.name}")
 
 

@@ -44,7 +44,7 @@ def test_a_node_that_gets_notice_leaves_a_checkpoint(
 
             command.wait_until(out_of_turn, "checkpoint out of turn", timeout_s=25)
             command.wait_until(command.status, "end", timeout_s=240)
-            assert command.status() == 0, command.told()
+            assert command.status() == 0, command.log_tail()
     assert find(run_uri).step == 300
 
 

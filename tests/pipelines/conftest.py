@@ -1,4 +1,4 @@
-"""What tests of several rooms share: photographs in a bucket, and a run that has ended on them."""
+"""Fixtures for several rooms: photographs in a bucket, and a finished run on them."""
 
 import pytest
 
@@ -8,12 +8,12 @@ from tests.support.runs import Trained, run_config, run_to_end
 
 @pytest.fixture(scope="session")
 def bucket(s3: S3, photos: dict[str, bytes]) -> str:
-    """Holds the photographs under photos/, and runs under runs/."""
+    """A bucket with the photographs under photos/ and runs under runs/."""
     return s3.make_bucket("training", {f"photos/{name}": data for name, data in photos.items()})
 
 
 @pytest.fixture(scope="session")
 def trained(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The run `first`, to be read, in bf16 as runs on GPUs are; its MLflow database takes other runs, too."""
+    """The finished run `first`, read-only, in bf16 like runs on GPUs; its MLflow database takes more runs."""
     config = run_config(bucket, tmp_path_factory.mktemp("training"), "train.precision=bf16")
     return Trained(config, run_to_end(config))

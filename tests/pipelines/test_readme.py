@@ -189,7 +189,7 @@ class Reader:
         with Child(["bash", "-c", "\n".join(script)], self._env, self.folder / f"{path.stem}.log") as shell:
             status = shell.wait_until(shell.status, "end", timeout_s=LIMIT_S)
             if status:
-                raise RuntimeError(f"a command of {path.name} ended with {status}. {shell.told()}")
+                raise RuntimeError(f"a command of {path.name} ended with {status}. {shell.log_tail()}")
             return shell.printed()
 
     def _script(self, path: Path, ports: dict[str, str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Child processes of tests: each in a session of its own, so that it can be ended with all it started."""
+"""Child processes of tests, each in a session of its own, so that all it starts can be killed with it."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from typing import Self, TypeVar
 
 from tests.support.repository import ROOT
 
-_TOLD_CHARS = 3000
+_TAIL_CHARS = 3000
 
 T = TypeVar("T")
 
 
 class Child:
-    """A running command. The end of the `with` block is its end, and that of every process it started."""
+    """A running command; leaving the `with` block kills it and every process it started."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-        """Starts `command` with the environment `env`; what it prints is added to `log`."""
+        """Starts `command` with the environment `env`; its output is appended to `log`."""
         self.log = log
         with log.open("ab") as out:
             self._printed_before = out.seek(0, os.SEEK_END)
@@ -31,10 +31,10 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # also keeps a Ctrl-C on the terminal from it
+                start_new_session=True,  # also keeps Ctrl-C on the terminal away from it
             )
         self.pid = self._process.pid
-        self._is_gone = False  # another process may have its number by now
+        self._is_gone = False  # its number may belong to another process by now
 
     def __enter__(self) -> Self:
         return self
@@ -45,15 +45,15 @@ class Child:
         self.kill()
 
     def status(self) -> int | None:
-        """What it ended with; None while it runs."""
+        """Its exit status; None while it runs."""
         return self._process.poll()
 
     def printed(self) -> str:
-        """What it has printed so far."""
+        """Its output so far."""
         return self.log.read_bytes()[self._printed_before :].decode(errors="replace")
 
     def pids(self, title: str = "") -> list[int]:
-        """Living processes of its session whose command line begins with `title`."""
+        """Running processes of its session whose command line begins with `title`."""
         found: list[int] = []
         for process in Path("/proc").iterdir():
             if self._is_gone or not process.name.isdigit():
@@ -68,7 +68,7 @@ class Child:
         return sorted(found)
 
     def kill(self) -> None:
-        """SIGKILL for it and all of its session, until none is left."""
+        """Sends SIGKILL to it and to all of its session, until none is left."""
         while pids := self.pids():
             for pid in pids:
                 kill(pid)
@@ -77,14 +77,14 @@ class Child:
         self._is_gone = True
 
     def wait_until_printed(self, text: str, *, timeout_s: float = 90) -> None:
-        """Returns once `text` is in what it printed."""
+        """Returns once its output contains `text`."""
         self.wait_until(lambda: text in self.printed() or None, f"{text!r}", timeout_s=timeout_s)
 
     def wait_until(self, condition: Callable[[], T | None], what: str, *, timeout_s: float) -> T:
-        """The first value of `condition` that is not None, asked while the child runs.
+        """Polls `condition` while the child runs, and returns its first value that is not None.
 
         Raises:
-            RuntimeError: It ended before, or `timeout_s` passed; the end of its log is quoted.
+            RuntimeError: It ended first, or `timeout_s` passed; the message quotes the end of its log.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -92,17 +92,17 @@ class Child:
             if (value := condition()) is not None:
                 return value
             if status is not None or time.monotonic() > deadline:
-                how = f"ended with {status}" if status is not None else f"went on for {timeout_s:g} s"
-                raise RuntimeError(f"no {what}: the command {how}. {self.told()}")
+                how = f"ended with {status}" if status is not None else f"kept running for {timeout_s:g} s"
+                raise RuntimeError(f"no {what}: the command {how}. {self.log_tail()}")
             time.sleep(0.25)
 
-    def told(self) -> str:
-        """The end of what it printed, for an error."""
-        return f"{self.log.name} ends with:\n{self.printed()[-_TOLD_CHARS:]}"
+    def log_tail(self) -> str:
+        """The end of its output, for error messages."""
+        return f"{self.log.name} ends with:\n{self.printed()[-_TAIL_CHARS:]}"
 
 
 def kill(pid: int) -> None:
-    """SIGKILL; a process that has just ended is fine."""
+    """Sends SIGKILL; does nothing if the process has just ended."""
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:

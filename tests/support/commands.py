@@ -1,4 +1,4 @@
-"""`python -m` from within: the module that a command of this project runs."""
+"""Finds the module that a command of this project runs."""
 
 import importlib
 from types import ModuleType
@@ -8,7 +8,7 @@ def command_module(name: str) -> ModuleType:
     """The module that `python -m name` runs, which has a `main`.
 
     Raises:
-        ModuleNotFoundError: There is none of that name.
+        ModuleNotFoundError: There is no such module.
     """
     module = importlib.import_module(name)
     return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module

@@ -1,4 +1,4 @@
-"""The inputs and weights that tests/fixtures/README.md describes, made anew from names."""
+"""The inputs and weights that tests/fixtures/README.md describes, generated from names."""
 
 import zlib
 from dataclasses import replace
@@ -14,14 +14,14 @@ TINY = replace(FULL, model_channels=32, embed_dim=32, num_heads=2, dropout=0.0)
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal numbers, float32, that `name` determines."""
+    """Standard normal float32 numbers, determined by `name`."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
 
 
 @torch.no_grad()
 def fill_weights(model: nn.Module) -> None:
-    """Gives every weight a value that its name determines, so large that each one matters."""
+    """Fills every weight with values determined by its name, large enough for each to matter."""
     for name, value in model.state_dict().items():
         if not value.is_floating_point() or name.endswith("resample_filter"):
             continue

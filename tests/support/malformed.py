@@ -1,4 +1,4 @@
-"""Pictures that are broken in every way that buckets know, each with the reasons that are right for it."""
+"""Pictures broken in every way seen in buckets, each with the reasons that may be given for it."""
 
 import io
 import struct
@@ -15,17 +15,17 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 UNREADABLE, CUT = {"unreadable"}, {"unreadable", "truncated"}
 
 Corpus = dict[str, tuple[bytes, set[str]]]
-"""By key: the file, and the reasons of which one must be told; none for a good picture."""
+"""By key: the file, and the reasons of which one must be given; empty for a good picture."""
 
 
 def good(num: int, seed: int) -> Corpus:
-    """Different crops of photographs, in every format, mode and depth that training takes."""
+    """Different crops of photographs, in every format, mode and depth that training accepts."""
     made = islice(zip(_crops(seed), cycle(_GOOD.items())), num)
     return {f"good/{i:03d}-{name}": (make(crop), set()) for i, (crop, (name, make)) in enumerate(made)}
 
 
 def bad(num: int, seed: int) -> Corpus:
-    """Files that no training should see."""
+    """Files that training must never see."""
     draw = np.random.default_rng(seed)
     made = islice(zip(_crops(seed), cycle(_BAD.items())), num)
     found = {}
@@ -94,7 +94,7 @@ def _flipped_png(crop: Image.Image, draw: np.random.Generator) -> Broken:
 
 def _flipped_jpeg_header(crop: Image.Image, draw: np.random.Generator) -> Broken:
     file = bytearray(_file(crop, "JPEG"))
-    file[int(draw.integers(2))] ^= 1 << int(draw.integers(8))  # no start of an image any more
+    file[int(draw.integers(2))] ^= 1 << int(draw.integers(8))  # no start-of-image marker any more
     return bytes(file), UNREADABLE
 
 

@@ -1,4 +1,4 @@
-"""The files of cluster/ as trees, for tests: read, changed, and searched."""
+"""The files of cluster/ as trees, which tests read, change and search."""
 
 import copy
 import re
@@ -38,7 +38,7 @@ def parts(tree: Any, key: str) -> Iterator[Any]:
 
 
 def edited(document: Tree, path: str, value: Any) -> Tree:
-    """A copy with another value at a path of keys and indices; None takes the key away."""
+    """A copy with another value at a path of keys and indices; None removes the key."""
     changed = copy.deepcopy(document)
     *way, last = [int(step) if step.isdigit() else step for step in path.split("/")]
     place: Any = changed

@@ -1,7 +1,7 @@
-"""The documents of this project as tests read them: code blocks, and the commands in them.
+"""The documents of this project as tests see them: code blocks and the commands in them.
 
 A block of commands that a laptop cannot run says so in its first line: `# needs a cluster and a bucket`. Of
-these tests check the form; all others they run.
+these, tests check only the syntax; they run all the others.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.support.repository import ROOT
 
 NEEDS = "# needs "
-"""How the first line of a block begins whose commands need more than a laptop."""
+"""Start of the first line of a block whose commands need more than a laptop."""
 SHELL = ("sh", "bash")
 _INDENT = " " * 4
 _FENCE = re.compile(r" *```(\S*)\s*$")
@@ -25,24 +25,24 @@ class Block:
 
     path: Path
     line: int
-    """Of its first line, from 1."""
+    """Number of its first line, from 1."""
     language: str
     text: str
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """File and line, for messages."""
         return f"{self.path.relative_to(ROOT)}:{self.line}"
 
     @property
     def needs(self) -> str:
-        """What its commands need besides a laptop; empty where they need nothing."""
+        """What its commands need besides a laptop; empty if nothing."""
         first = self.text.partition("\n")[0]
         return first.removeprefix(NEEDS) if first.startswith(NEEDS) else ""
 
     @property
     def commands(self) -> list[str]:
-        """Its logical lines, without comments."""
+        """Its commands, one per logical line, without comments."""
         joined = re.sub(r"\\\n\s*", "", self.text)
         found, begun = list[str](), ""
         for line in joined.splitlines():
@@ -54,7 +54,7 @@ class Block:
 
 
 def _is_whole(text: str) -> bool:
-    """Whether no quotation is left open, which goes on in the next line."""
+    """Whether all quotes are closed; an open one continues on the next line."""
     try:
         shlex.split(text)
     except ValueError:
@@ -63,7 +63,7 @@ def _is_whole(text: str) -> bool:
 
 
 def documents() -> list[Path]:
-    """Every document that tells somebody what to type."""
+    """Every document that contains commands."""
     return [
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "cluster/README.md")),
         *sorted((ROOT / "docs").glob("*.md")),
@@ -71,7 +71,7 @@ def documents() -> list[Path]:
 
 
 def blocks(path: Path) -> list[Block]:
-    """The code blocks of a document; one that is indented instead of fenced is of the shell.
+    """The code blocks of a document; an indented one counts as shell.
 
     Raises:
         ValueError: A fence is left open, or names no language.
@@ -89,7 +89,7 @@ def blocks(path: Path) -> list[Block]:
         if language is None and fence:
             language, first, kept = fence[1], number + 1, []
             if not language:
-                raise ValueError(f"{path}:{number}: the fence names no language: sh, python or text, say.")
+                raise ValueError(f"{path}:{number}: the fence names no language, such as sh, python or text.")
         elif language is not None and fence:
             found.append(Block(path, first, language, "\n".join(kept)))
             language = None
@@ -106,7 +106,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def table(path: Path, heading: str) -> list[dict[str, str]]:
-    """The rows of the first table below a heading, by the names of its columns."""
+    """The rows of the first table below a heading, by column name."""
     _, found, below = path.read_text(encoding="utf-8").partition(f"# {heading}\n")
     assert found, f"{path} has no heading {heading!r}"
     lines = dropwhile(lambda line: not line.startswith("|"), below.splitlines())

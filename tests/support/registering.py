@@ -1,4 +1,4 @@
-"""Small checkpoints that state what they score, and processes that register them."""
+"""Small checkpoints that state their own scores, and processes that register them."""
 
 import json
 import multiprocessing
@@ -41,11 +41,11 @@ WRITES = (
     "set_model_version_tag",
     "set_registered_model_alias",
 )
-"""The client's calls with which a registration changes the registry."""
+"""The calls of the client by which a registration changes the registry."""
 
 
 def write_checkpoint(folder: Path, seed: int, *, lpips: float = 0.4, psnr_y: float = 25.0) -> Path:
-    """A random network in a checkpoint that says it has these scores."""
+    """Saves a random network as a checkpoint that claims these scores."""
     torch.manual_seed(seed)
     checkpoint.save(
         folder,
@@ -68,14 +68,14 @@ def write_checkpoint(folder: Path, seed: int, *, lpips: float = 0.4, psnr_y: flo
 
 
 def by_checkpoint(folder: Path, seed: int = 0) -> np.ndarray:
-    """What the trainer's checkpoint makes of PICTURES."""
+    """PICTURES as upscaled by the trainer's checkpoint."""
     model, _ = checkpoint.load_model(folder)
     return np.stack([upscale(model, lq_u8, sigma_max=SIGMA_MAX, seed=seed) for lq_u8 in PICTURES])
 
 
 @dataclass(frozen=True)
 class StatedComparison:
-    """Takes a registered model at the word of its checkpoint: a gate in a moment, without Ray.
+    """Takes the scores of a registered model from its checkpoint: an instant gate, without Ray.
 
     Bicubic has an LPIPS of 0.95 and a PSNR-Y of 24 dB.
     """
@@ -95,7 +95,7 @@ def _stated(tracking_uri: str, source: str) -> dict[str, Any]:
 
 
 def register_stated(tracking_uri: str, folder: Path, name: str = "toy", set_version: str = "a") -> Decision:
-    """Registers a checkpoint of `write_checkpoint`; the tag "checkpoint" tells which."""
+    """Registers a checkpoint of `write_checkpoint`, named by the tag "checkpoint"."""
     return register(
         folder,
         tracking_uri=tracking_uri,
@@ -108,7 +108,7 @@ def register_stated(tracking_uri: str, folder: Path, name: str = "toy", set_vers
 
 
 def warm_processes() -> Any:
-    """A context whose processes have imported everything before they start."""
+    """A multiprocessing context whose processes start with everything imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +119,7 @@ def warm_processes() -> Any:
 
 
 def register_and_die(tracking_uri: str, folder: Path, num_writes: int) -> None:
-    """As `register_stated`, but the process is killed as it is about to make its next write."""
+    """Like `register_stated`, but kills its own process before write number `num_writes`, from 0."""
     left = num_writes
 
     def counted(method: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where this repository lies."""
+"""Paths of this repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trainings that take seconds: a config, the run to its end, and what is found of it afterwards."""
+"""Training runs that take seconds: their config, running them, and reading what they leave."""
 
 import os
 import signal
@@ -30,19 +30,19 @@ SMALLEST = (
     "data.eval_crop_size=32",
     "data.eval_draws=1",
 )
-"""The `small` preset with the least network that there is, on crops of 32 pixels."""
+"""The `small` preset with the smallest possible network, on crops of 32 pixels."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that has ended."""
+    """A finished run."""
 
     config: RunConfig
     outcome: Outcome
 
     @property
     def options(self) -> list[str]:
-        """For a command line: the config that the run left in its folder."""
+        """Command-line options that name the config in the run's folder."""
         return ["--config", f"{self.config.run_uri}/config.json"]
 
 
@@ -66,7 +66,7 @@ def run_config(bucket: str, folder: Path, *settings: str) -> RunConfig:
 
 
 def changed(config: RunConfig, *settings: str) -> RunConfig:
-    """With KEY=VALUE settings, as of a command line."""
+    """The config with KEY=VALUE settings, as given on a command line."""
     return from_dict(RunConfig, override(to_dict(config), list(settings)))
 
 
@@ -78,7 +78,7 @@ def run_to_end(config: RunConfig, inputs: Inputs | None = None) -> Outcome:
 def write_checkpoint(
     config: RunConfig, folder: str, *, weights_of: RunConfig | None = None, **meta: object
 ) -> None:
-    """What a run of three steps would have left, but for the training: a local folder."""
+    """Writes to a local folder what a run of three steps would have left, without training."""
     checkpoint.save(
         Path(folder),
         model=ConsistencyModel((weights_of or config).network).state_dict(),
@@ -108,8 +108,10 @@ def files_of(checkpoint_uri: str) -> dict[str, dict[str, object]]:
 
 
 def kill_a_worker() -> None:
-    """As the kernel does when memory runs out."""
-    address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
+    """Kills a Ray Train worker, as the kernel does when memory runs out."""
+    address = (
+        ray.get_runtime_context().gcs_address
+    )  # this session's cluster, whatever else runs on the machine
     workers = list_actors(address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     assert workers[0].pid
     os.kill(workers[0].pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A network, a perceptual distance, pictures and a recipe that are real but take milliseconds."""
+"""A network, a perceptual distance, pictures and a recipe that are real but need only milliseconds."""
 
 from collections.abc import Sequence
 
@@ -30,21 +30,21 @@ RECIPE = Recipe(seed=0, optim=OPTIM, schedule=ScheduleConfig(), loss=LossConfig(
 
 
 def filled_model(config: NetworkConfig = NETWORK) -> ConsistencyModel:
-    """A network whose every weight matters; a fresh one starts with blocks that do next to nothing."""
+    """A network in which every weight matters; in a fresh one, blocks do next to nothing."""
     model = ConsistencyModel(config)
     fill_weights(model)
     return model
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distance of fixed, smooth features, (N,): what LPIPS does, with one layer and no kinks."""
+    """Squared distance of fixed, smooth features, (N,): like LPIPS, with one layer and no kinks."""
     filters = tensor("distance", (8, 3, 5, 5)) / 5
     difference = torch.tanh(F.conv2d(a, filters)) - torch.tanh(F.conv2d(b, filters))
     return difference.square().mean(dim=(1, 2, 3))
 
 
 def make_batch(samples: list[int], lq_size: int = NETWORK.lq_size) -> Batch:
-    """One smooth picture a sample, which its number determines, and the picture at a quarter of the size."""
+    """A smooth picture per sample, determined by its number, and the same at a quarter of the size."""
     coarse = torch.cat([tensor(f"picture{k}", (1, 3, 8, 8)) for k in samples])
     hr = F.interpolate(0.5 * coarse, size=(4 * lq_size, 4 * lq_size), mode="bicubic")
     hr_u8, lq_u8 = (torch.from_numpy(to_u8(images)) for images in (hr, F.avg_pool2d(hr, 4)))
@@ -52,5 +52,5 @@ def make_batch(samples: list[int], lq_size: int = NETWORK.lq_size) -> Batch:
 
 
 def flat(tensors: Sequence[Tensor]) -> np.ndarray:
-    """All numbers of `tensors` in a row."""
+    """All numbers of `tensors` as one vector."""
     return torch.cat([t.detach().double().flatten() for t in tensors]).numpy()

@@ -1,4 +1,4 @@
-"""`python -m pipelines.train` as a child process, and what MLflow and the store tell of it from outside."""
+"""`python -m pipelines.train` as a child process, and its losses as seen in MLflow."""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from tests.support.child import Child
 
 NUM_CPUS = 2
-"""CPUs of a worker. A node of NUM_CPUS + 1 holds one, and makes data with what is left."""
+"""CPUs per worker. A node of NUM_CPUS + 1 fits one worker, and makes data with the remaining CPU."""
 BATCH = 8
 SETTINGS = (
     "experiment=nodes",
@@ -24,7 +24,7 @@ SETTINGS = (
     "train.log_every_steps=1",
     "train.checkpoint_every_steps=10",
 )
-"""Of a network that takes a tenth of a second a step, with every step in MLflow."""
+"""A run whose steps take a tenth of a second each, with every step in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ class Point:
     step: int
     loss: float
     time_s: float
-    """When the step was done, in seconds since the epoch."""
+    """When the step finished, in seconds since the epoch."""
 
 
 def start_training(
     settings: Iterable[str], env: Mapping[str, str], log: Path, enter: tuple[str, ...] = ()
 ) -> Child:
-    """The command with KEY=VALUE settings besides `SETTINGS`, in a place that `enter` leads to."""
+    """Starts the command with `SETTINGS` and more settings; `enter` is a prefix such as `ip netns exec`."""
     options = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
     return Child([*enter, sys.executable, "-m", "pipelines.train", *options], env, log)
 
 
 def logged(client: MlflowClient, name: str) -> list[Point]:
-    """The losses of all MLflow runs of that name, in the order of time."""
+    """The losses of all MLflow runs of that name, in order of time."""
     experiment = client.get_experiment_by_name("nodes")
     if experiment is None:
         return []

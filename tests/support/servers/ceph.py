@@ -1,7 +1,7 @@
-"""Ceph's RADOS Gateway on loopback: a second, real S3 store for the tests, that checks who signs a request.
+"""Ceph's RADOS Gateway on loopback: a second, real S3 store for tests, which checks signatures.
 
-One monitor, one OSD that keeps objects in memory and one gateway, of a cluster that ends with the tests.
-Debian has them: `apt-get install --no-install-recommends ceph-mon ceph-osd radosgw`.
+One monitor, one OSD that keeps objects in memory and one gateway, in a cluster that ends with the tests.
+On Debian: `apt-get install --no-install-recommends ceph-mon ceph-osd radosgw`.
 """
 
 import os
@@ -57,13 +57,13 @@ rgw run sync thread = false
 
 @contextmanager
 def ceph_gateway(root: Path) -> Iterator[str]:
-    """The endpoint of a running gateway, which knows `ACCESS_KEY` only.
+    """The endpoint of a running gateway, which knows only `ACCESS_KEY`.
 
     Args:
         root: An empty folder for its files. Its path must be short: it holds Unix sockets.
 
     Raises:
-        RuntimeError: Ceph is not installed, or a part of it ended or did not answer; its log is quoted.
+        RuntimeError: Ceph is not installed, or a part of it fails; the message quotes its log.
     """
     missing = [name for name in ("ceph", "ceph-mon", "ceph-osd", "radosgw") if shutil.which(name) is None]
     if missing:
@@ -120,7 +120,7 @@ def _daemon(command: list[str], env: dict[str, str], log: Path) -> Iterator[None
     try:
         yield
     finally:
-        process.kill()  # all it holds is in memory
+        process.kill()  # it keeps everything in memory
         process.wait()
 
 

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 store that fails as networks and stores do: seeded, and it counts what it did."""
+"""A proxy in front of an S3 store that fails as networks and stores do; seeded, and counts its faults."""
 
 import http.client
 import random
@@ -21,7 +21,7 @@ SLOW_DOWN = (
 
 
 class FaultProxy(ThreadingHTTPServer):
-    """Forwards to `upstream`, but for shares of the requests: "slow_down" (503), "reset", "stall", "cut"."""
+    """Forwards to `upstream`, except for shares of requests: "slow_down" (503), "reset", "stall", "cut"."""
 
     daemon_threads = True
 
@@ -30,16 +30,16 @@ class FaultProxy(ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.counts: Counter[str] = Counter()
-        """Requests by what was done to them; "ok" is nothing. "gone" are those whose client went away."""
+        """Requests by fault; "ok" means none, and "gone" that the client went away."""
         self._shares, self._draw, self._lock = dict(shares), random.Random(seed), threading.Lock()
 
     def change(self, shares: Mapping[str, float]) -> None:
-        """Other shares, from the next request on."""
+        """Sets other shares, from the next request on."""
         with self._lock:
             self._shares = dict(shares)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Counts clients that were killed in the middle of a request; what else fails is printed."""
+        """Counts clients killed in the middle of a request; prints other errors."""
         if isinstance(sys.exception(), BrokenPipeError | ConnectionResetError | ConnectionAbortedError):
             self.counts["gone"] += 1
         else:
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = is_cut
 
     def _answer(self, status: int, headers: Mapping[str, str], data: bytes, sent: bytes) -> None:
-        """Announces `data` and sends `sent`."""
+        """Sends headers for `data`, and `sent` as the body."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

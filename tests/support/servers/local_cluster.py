@@ -1,4 +1,4 @@
-"""`python -m cluster.local` as a user has it: its commands, the lines it prints to export, and jobs."""
+"""`python -m cluster.local` as a user runs it: its commands, the variables it prints, and jobs."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from tests.support.servers.ray_nodes import free_port
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A cluster that is up."""
+    """A running cluster."""
 
     folder: Path
     printed: str
-    """By `up`."""
+    """Output of `up`."""
     env: Mapping[str, str]
-    """Of a shell that has exported what `up` told to."""
+    """Environment of a shell in which the printed lines of `up` have been run."""
 
     @property
     def ray_folder(self) -> Path:
@@ -33,7 +33,7 @@ class LocalCluster:
         return _run(["-m", "ray.scripts.scripts", *arguments], self.env if env is None else env)
 
     def submit(self, *command: str, **env_vars: str) -> str:
-        """Runs a command as a job, which must succeed; returns what it printed."""
+        """Runs a command as a job, which must succeed; returns its output."""
         environment = json.dumps({"env_vars": env_vars})
         options = ["--working-dir", ".", "--runtime-env-json", environment]
         done = self.ray("job", "submit", *options, "--", *command)
@@ -54,35 +54,35 @@ def local(
 def local_cluster(
     folder: Path, *, num_nodes: int, cpus: int, env: Mapping[str, str]
 ) -> Iterator[LocalCluster]:
-    """A cluster for the length of a `with` block.
+    """A cluster for the duration of a `with` block.
 
     Args:
-        folder: What `--folder` names; its parent exists.
-        num_nodes: How many nodes.
-        cpus: Of each.
-        env: Of the shell that gives the command.
+        folder: For `--folder`; its parent exists.
+        num_nodes: Number of nodes.
+        cpus: CPUs per node.
+        env: Environment of the shell that runs the commands.
     """
     ports = ["--port", str(free_port()), "--dashboard-port", str(free_port())]
     try:
         done = local("up", folder, "--nodes", str(num_nodes), "--cpus", str(cpus), *ports, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
-        yield LocalCluster(folder, done.stdout + done.stderr, _as_told(done.stdout, env))
+        yield LocalCluster(folder, done.stdout + done.stderr, _after_running(done.stdout, env))
     finally:
         done = local("down", folder, env=env)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def shell_env(**planted: str) -> dict[str, str]:
-    """The environment of a shell that knows no cluster, with what a user has exported there.
+    """The environment of a shell that knows of no cluster, with further variables that a user has exported.
 
-    Without PYTHONPATH: a job's code is what was sent with it.
+    It lacks PYTHONPATH, so that a job runs the code sent with it.
     """
     taken = ("RAY_", "PYTHONPATH", "PYTEST_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(taken)}
     return env | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"} | planted
 
 
-def _as_told(printed: str, env: Mapping[str, str]) -> dict[str, str]:
+def _after_running(printed: str, env: Mapping[str, str]) -> dict[str, str]:
     """The environment of a shell that has run the printed lines."""
     env = dict(env)
     for line in printed.splitlines():

@@ -1,6 +1,6 @@
-"""A PostgreSQL on loopback, a real one, for the length of a test.
+"""A real PostgreSQL server on loopback, for the duration of a test.
 
-Debian has it: `apt-get install --no-install-recommends postgresql`.
+On Debian: `apt-get install --no-install-recommends postgresql`.
 """
 
 import os
@@ -21,12 +21,12 @@ _USER, _PASSWORD = "ctmsr", "test-only"
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """The URI of an empty database in a PostgreSQL of its own, which asks for a password."""
+    """The URI of an empty database in a PostgreSQL server of its own, which requires a password."""
     with tempfile.TemporaryDirectory(prefix="postgres") as name:
         root = Path(name)
         (root / "password").write_text(_PASSWORD)
         as_user: list[str | Path] = []
-        if os.geteuid() == 0:  # it refuses to run as root
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
             for path in (root, root / "password"):
                 shutil.chown(path, "postgres", "postgres")
@@ -63,7 +63,7 @@ def _create_database(tools: Path, port: int, log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while subprocess.run([tools / "pg_isready", "-q", *where]).returncode:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"no PostgreSQL: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"PostgreSQL does not respond: {log.read_text()[-2000:]}")
         time.sleep(0.1)
     environment = os.environ | {"PGPASSWORD": _PASSWORD}
     subprocess.run([tools / "createdb", *where, "mlflow"], check=True, env=environment)

@@ -1,4 +1,4 @@
-"""Real servers as processes of their own, that can be killed and started again: moto's S3, and MLflow."""
+"""Real servers as separate processes that can be killed and restarted: moto's S3, and MLflow."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from tests.support.servers.ray_nodes import free_port
 
 
 class Server:
-    """A command that listens on a port, for the length of a `with` block."""
+    """A command that listens on a port, for the duration of a `with` block."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Server:
         log: Path,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts nothing yet. What the command prints when it listens has `ready` in it."""
+        """Does not start it yet. The command prints `ready` once it listens."""
         self._command, self._ready, self._log = command, ready, log
         self._env = dict(os.environ) | dict(env or {})
         self.port = port
@@ -39,7 +39,7 @@ class Server:
         self.kill()
 
     def start(self) -> None:
-        """Starts it, again after `kill`, and returns once it listens."""
+        """Starts it, or restarts it after `kill`, and returns once it listens."""
         self._child = Child(self._command, self._env, self._log)
         try:
             self._child.wait_until_printed(self._ready)
@@ -48,24 +48,24 @@ class Server:
             raise
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills it."""
         self._child.kill()
 
 
 def s3_server(folder: Path, *, host: str = "127.0.0.1", enter: tuple[str, ...] = ()) -> Server:
-    """An S3 server in memory that believes everybody, in a place that `enter` leads to."""
+    """An S3 server in memory that accepts any credentials; `enter` is a prefix such as `ip netns exec`."""
     port = free_port()
     command = [*enter, sys.executable, "-m", "moto.server", "--host", host, "--port", str(port)]
     return Server(command, port, ready="Running on", log=folder / "s3.log")
 
 
 def mlflow_server(folder: Path, *, backend_uri: str | None = None, artifacts: str | None = None) -> Server:
-    """An MLflow server, through which artifacts pass, too.
+    """An MLflow server that also serves artifacts.
 
     Args:
-        folder: For its log, and where the others are None for `mlflow.db` and the artifacts.
-        backend_uri: Its database.
-        artifacts: Folder or s3:// URI that only the server reaches.
+        folder: For its log and, where the other arguments are None, its database and artifacts.
+        backend_uri: URI of its database.
+        artifacts: Folder or s3:// URI that only the server accesses.
     """
     port = free_port()
     command = [

@@ -1,7 +1,7 @@
-"""Real Ray nodes on this machine: as many as a test needs, on loopback addresses or in network namespaces.
+"""Real Ray nodes on this machine, as many as a test needs, on loopback addresses or in network namespaces.
 
-A node is `ray start --block` with all its processes. It can be killed as if its machine had lost power, and
-in namespaces it can be cut off as if its cable had been pulled.
+A node is `ray start --block` with all its processes. It can be killed as if its machine had lost power; in a
+namespace it can also be cut off as if its cable had been pulled.
 """
 
 import os
@@ -23,14 +23,14 @@ from tests.support.child import Child
 from tests.support.repository import ROOT
 
 _OBJECT_STORE_BYTES = 300_000_000
-_FAST_HEALTH_CHECKS = {  # a dead node is noticed after about 4 s instead of 50
+_FAST_HEALTH_CHECKS = {  # notices a dead node after about 4 s instead of 50
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
 TRAIN_WORKER = "ray::RayTrainWorker"
-"""How the command line of a Ray Train worker begins."""
+"""Start of the command line of a Ray Train worker."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,28 @@ class Place:
 
     address: str
     enter: tuple[str, ...] = ()
-    """What a command is preceded by, to run there."""
+    """Prefix that makes a command run there."""
     env: Mapping[str, str] = field(default_factory=dict)
 
 
 def loopback(number: int) -> Place:
-    """A place of its own on this machine. Number 1 is not: Ray takes another address for it."""
+    """A loopback address as a place. Number 1 does not work: Ray replaces it with another address."""
     return Place(f"127.0.0.{number}", env={"GLOO_SOCKET_IFNAME": "lo"})
 
 
 class RayNodes:
-    """A Ray cluster of a head, and of nodes that come and go. No process is left at the end of the block."""
+    """A Ray cluster of a head and of nodes that come and go; leaves no process behind."""
 
     def __init__(
         self, folder: Path, *, num_cpus: int, env: Mapping[str, str], place: Place | None = None
     ) -> None:
-        """Starts nothing yet.
+        """Does not start anything yet.
 
         Args:
             folder: For the logs of the nodes.
-            num_cpus: CPUs that Ray counts on the head.
-            env: What processes on all nodes and the driver need besides the environment of this one.
-            place: Where the head runs; another address of the loopback device if None.
+            num_cpus: Logical CPUs of the head.
+            env: Variables for all nodes and the driver, on top of this process's environment.
+            place: Where the head runs; a loopback address if None.
         """
         self._folder, self._num_cpus = folder, num_cpus
         self._place = place or loopback(2)
@@ -68,8 +68,8 @@ class RayNodes:
         ours = {
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_worker_niceness": "0",  # by default whatever else runs on this machine comes first
-            "OMP_NUM_THREADS": "1",  # threads that wait for each other do, too
+            "RAY_worker_niceness": "0",  # by default, everything else on this machine has priority
+            "OMP_NUM_THREADS": "1",  # threads waiting for each other slow everything down
         }
         self._env = dict(os.environ) | ours | token | dict(env)
         self._env.pop("RAY_ADDRESS", None)
@@ -78,7 +78,7 @@ class RayNodes:
 
     def __enter__(self) -> Self:
         with self._exit:
-            # not pytest's folder: the path of a Unix socket has a limit
+            # not in pytest's folder: paths of Unix sockets must be short
             scratch = self._exit.enter_context(
                 tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
             )
@@ -105,15 +105,15 @@ class RayNodes:
 
     @property
     def driver_env(self) -> dict[str, str]:
-        """The environment of a command that runs on the head and uses the cluster."""
+        """Environment of a command that runs on the head and uses the cluster."""
         return self._env | dict(self._place.env) | {"RAY_ADDRESS": self.address}
 
     def add(
         self, num_cpus: int, *, place: Place | None = None, env: Mapping[str, str] | None = None
     ) -> Child:
-        """Starts another node, at a new loopback address if `place` is None; it has joined on return.
+        """Starts another node, at a new loopback address if `place` is None, and returns once it has joined.
 
-        `kill` of what is returned is a loss of power: no process of the node has time for a last word.
+        Killing the returned child is like a loss of power: no process of the node can send a last message.
         """
         where = place or loopback(next(self._numbers))
         return self._start(where, num_cpus, env or {}, f"--address={self.address}")
@@ -138,22 +138,22 @@ class RayNodes:
 
 @dataclass(frozen=True)
 class Link:
-    """Two network namespaces that see each other only; the first is in reach of this process, too."""
+    """Two network namespaces that see only each other; this process can also reach the first."""
 
     first: Place
     second: Place
     first_from_outside: str
-    """Address of the first namespace for this process."""
+    """Address of the first namespace as seen from this process."""
     _second_name: str
 
     def cut(self) -> None:
-        """Takes the link between the two down: packets are lost, and nobody is told."""
+        """Takes the link between the two down: packets are lost silently."""
         _ip("-n", self._second_name, "link", "set", "wire", "down")
 
 
 @contextmanager
 def linked_namespaces() -> Iterator[Link]:
-    """A link that lasts for the `with` block.
+    """A link for the duration of a `with` block.
 
     Raises:
         RuntimeError: This process is not root, or iproute2 is not installed.
@@ -175,7 +175,7 @@ def linked_namespaces() -> Iterator[Link]:
         _ip("link", "add", f"out-{mark}", "type", "veth", "peer", "name", "out", "netns", first)
         undo.callback(
             _ip, "link", "delete", f"out-{mark}"
-        )  # before its namespace, which ends some time later
+        )  # before its namespace, which is deleted with a delay
         _ip("-n", first, "address", "add", "10.77.0.1/24", "dev", "wire")
         _ip("-n", second, "address", "add", "10.77.0.2/24", "dev", "wire")
         _ip("-n", first, "address", "add", "10.77.1.1/24", "dev", "out")
@@ -191,7 +191,7 @@ def linked_namespaces() -> Iterator[Link]:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """A free TCP port."""
     with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
 

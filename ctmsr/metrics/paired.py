@@ -1,4 +1,4 @@
-"""Whether one model is better than another on the same pictures, or whether the pictures cannot tell."""
+"""Decides whether one model is better than another on the same pictures, or whether they cannot tell."""
 
 import math
 from collections.abc import Sequence
@@ -7,36 +7,36 @@ from dataclasses import dataclass
 from scipy.special import stdtrit
 
 MIN_PICTURES = 5
-"""With fewer, the spread of the differences is itself unknown, and an interval means little."""
+"""With fewer, the spread of the differences is too uncertain for a meaningful interval."""
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Where the mean difference in a score would be on any number of such pictures."""
+    """A confidence interval of the mean difference in a score, over all pictures of this kind."""
 
     mean: float
     half_width: float
-    """Half of the interval's length; it reaches as far to both sides of the mean."""
+    """The interval is mean ± half_width."""
     num_pictures: int
 
     @property
     def holds_zero(self) -> bool:
-        """Whether there may be no difference at all; of numbers that are none, too."""
+        """Whether there may be no difference at all; true for NaN, too."""
         return not abs(self.mean) > self.half_width
 
 
 def paired_interval(differences: Sequence[float], *, num_compared: int = 1) -> Interval | None:
     """Student's t interval of a mean over pictures: mean ± t·s/√n, at CONFIDENCE.
 
-    The best of several is better than it deserves: chance has helped to pick it. So the confidence is shared
-    out among the comparisons (Bonferroni). The interval is over pictures, of the two models that there are:
-    what another seed would have trained is not in it.
+    The best of several models looks better than it is, as chance helped to select it. So the interval is
+    widened for the number of comparisons (Bonferroni). It covers the choice of pictures for these two models,
+    not the variation between training seeds.
 
     Args:
-        differences: A picture's score by one model minus its score by the other. Draws of one picture are
-            not independent: give their mean.
-        num_compared: How many models the one has been picked from, at least 1.
+        differences: For each picture, the score of one model minus that of the other. Several draws of a
+            picture are not independent: pass their mean.
+        num_compared: Number of models that the one was selected from, at least 1.
 
     Returns:
         The interval; None for fewer than MIN_PICTURES differences.

@@ -101,7 +101,7 @@ class Evaluation:
         return {name: float(np.mean([row[name] for row in self.rows if name in row])) for name in names}
 
     def by_picture(self, name: str) -> list[float]:
-        """A score of each picture, in their order: the mean over its draws, which share a key."""
+        """A score of each picture, in order: the mean over its draws, which share a key."""
         draws: dict[str, list[float]] = {}
         for row in self.rows:
             draws.setdefault(row["key"], []).append(row[name])

@@ -1,7 +1,7 @@
-"""CUDA graphs for inference: the host launches a network call at once instead of kernel by kernel.
+"""CUDA graphs for inference: the host launches a whole network call instead of single kernels.
 
-A call of the published network has some thousand kernels. A fast GPU ends them sooner than the host can
-launch them, unless the picture is large.
+A call of the published network consists of some thousand kernels. Unless the picture is large, a fast GPU
+finishes them faster than the host can launch them.
 """
 
 import threading
@@ -17,7 +17,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Shapes = tuple[torch.Size, ...]
 
 _MAX_SHAPES = 8
-"""Shapes that are recorded; each holds its inputs and output, and all share the memory of activations."""
+"""Shapes to record at most; each has its own inputs and output, and all share the memory of activations."""
 
 
 def replay_graphs(model: ConsistencyModel) -> ConsistencyModel:
@@ -35,7 +35,7 @@ def replay_graphs(model: ConsistencyModel) -> ConsistencyModel:
 
 
 class _Replayed:
-    """A call, and its recordings by the shapes of the inputs."""
+    """A call and its recordings, by the shapes of the inputs."""
 
     def __init__(self, call: Call) -> None:
         self._call, self._lock = call, threading.Lock()
@@ -50,7 +50,9 @@ class _Replayed:
             if shapes not in self._recordings:
                 if shapes not in self._seen or len(self._recordings) == _MAX_SHAPES:
                     self._seen.add(shapes)
-                    return self._call(*inputs)  # loads kernels and lets cuDNN choose, which no graph may
+                    return self._call(
+                        *inputs
+                    )  # loads kernels and lets cuDNN choose algorithms, which a graph must not do
                 self._recordings[shapes] = _Recording(self._call, inputs, self._pool)
             return self._recordings[shapes].replay(inputs)
 
@@ -68,4 +70,4 @@ class _Recording:
         for own, tensor in zip(self._inputs, inputs, strict=True):
             own.copy_(tensor)
         self._graph.replay()
-        return self._output.clone()  # the next replay, of any shape, writes over it
+        return self._output.clone()  # the next replay, of any shape, overwrites it

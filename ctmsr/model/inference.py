@@ -47,10 +47,10 @@ class InferenceConfig:
 def for_inference(
     model: ConsistencyModel, device: str | torch.device, config: InferenceConfig
 ) -> ConsistencyModel:
-    """The model in eval mode on `device`, in the form that `upscale` is fastest with.
+    """The model in eval mode on `device`, in the fastest form for `upscale`.
 
-    On a GPU its convolutions are channels last, its weights of `config.precision`, and this process computes
-    float32 products in TF32. Elsewhere it is the same model.
+    On a GPU, its memory format is channels last, its weights have `config.precision`, and this process
+    multiplies float32 matrices in TF32. On other devices it is the model itself.
     """
     model = model.eval().to(device)
     if torch.device(device).type != "cuda":
@@ -80,7 +80,7 @@ def upscale(
     logs which settings fit.
 
     Args:
-        model: In eval mode, on the device to compute on. From `for_inference` it is fastest.
+        model: In eval mode, on the device to compute on; fastest if it comes from `for_inference`.
         lq_u8: uint8 (h, w, 3), RGB, with sides of at least 1.
         sigma_max: Noise level at the LR end of the trajectory that the model was trained with.
         seed: Selects the noise; the same seed gives the same picture.

@@ -18,7 +18,7 @@ from .state import StepRecord, TrainState
 _STEPS_UNCHECKED = 16
 """Steps between checks for finite gradients on a GPU."""
 _MAX_COMPILED_BLOCKS = 256
-"""Kinds of blocks, with and without gradients; torch gives up after eight unless told otherwise."""
+"""Limit on variants of a block, with and without gradients; torch gives up after eight by default."""
 
 
 def train_step(

@@ -50,9 +50,9 @@ def small() -> RunConfig:
             num_heads=2,
             dropout=0.0,
         ),
-        # Wide structures keep the input's colour: what is invented is detail.
+        # Coarse structures keep the input's colour: only detail is invented.
         inference=InferenceConfig(colour_hold_px=4.0),
-        # A quarter of each picture in LPIPS-vgg, which is four fifths of a step's cost on a CPU.
+        # LPIPS-vgg takes four fifths of a step on a CPU, so it sees only a quarter of each picture.
         loss=LossConfig(hr_target_until=1.0, lpips_crop=0.5),
         optim=OptimConfig(
             ct_steps=200,
@@ -89,7 +89,7 @@ def small() -> RunConfig:
 
 
 def _photo_degradation() -> DegradationConfig:
-    """What photographs on the web have been through: a soft lens, some noise, a resize or two, JPEG.
+    """The degradation typical of photographs on the web: a soft lens, some noise, a resize or two, JPEG.
 
     Milder than the published recipe: little of it is left where a picture is clean.
     """

@@ -178,20 +178,20 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
-    """When a new version replaces the champion; both and bicubic are scored on data.val_uri.
+    """When a new version becomes champion; it, the champion and bicubic are scored on data.val_uri.
 
-    With or without a champion, it must not be worse than bicubic: lose nothing in `metric`, and
-    `guard_margin` at most in `guard`.
+    With or without a champion, it must not be worse than bicubic: no loss in `metric`, and a loss of at most
+    `guard_margin` in `guard`.
     """
 
     metric: Literal["lpips", "psnr_y", "ssim_y"] = "lpips"
     """Score that must improve, as a mean over the pictures; lower is better for lpips."""
     margin: float = 0.002
-    """Minimum gain in register.metric over the champion; more keeps noise from promoting, 0 takes any."""
+    """Minimum gain in register.metric over the champion; a larger one ignores noise, 0 accepts any gain."""
     guard: Literal["lpips", "psnr_y", "ssim_y"] = "psnr_y"
     """Score that must not get much worse."""
     guard_margin: float = 0.2
-    """Maximum loss in register.guard to champion and bicubic, in its own unit, such as dB for psnr_y."""
+    """Maximum loss in register.guard against the champion and bicubic, in its unit, such as dB for psnr_y."""
     licence: str = "Apache-2.0"
     """Licence of the released weights, for the model card; their Python code is under Apache-2.0."""
 

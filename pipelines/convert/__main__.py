@@ -8,9 +8,9 @@ from ..config.command_line import config_parser, print_config, resolve
 from ..infra.exit_status import run
 
 EXAMPLES = """\
-  the published x4 model becomes a checkpoint, which evaluate and register take:
+  turn the published x4 model into a checkpoint for evaluate and register:
     python -m pipelines.convert CTMSR.pth runs/published-x4
-  a trained model for the authors' code:
+  turn a trained model into a file for the authors' code:
     python -m pipelines.convert s3://bucket/runs/mine/checkpoint_... mine.pth"""
 
 

@@ -1,8 +1,8 @@
 """Run the whole system on real photographs, on this machine: `make demo`.
 
-Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then only
+Starts an S3 server on loopback, uploads photographs that ship with scikit-image and scikit-learn, then just
 calls the other pipelines: tune, train, evaluate, register and, in a new process, upscale. The starter model
-is fine-tuned, and beside it the same network is trained from scratch for as many steps.
+is fine-tuned; for comparison, the same network is also trained from scratch for as many steps.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""The demo's pipelines, one after the other, and the picture that shows what came of them."""
+"""Runs the demo's pipelines one after the other, and makes the picture that compares their results."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ from .bucket import BUCKET, PHOTOS, photo
 
 
 def demo_config(output: Path, overrides: list[str]) -> RunConfig:
-    """The `small` preset on the demo's bucket, from the starter on, which needs smaller steps."""
+    """The `small` preset on the demo's bucket, from the starter model, which needs a lower learning rate."""
     places = {
         "name": "fine-tuned",
         "init_uri": STARTER,
@@ -94,7 +94,7 @@ def _from_scratch(config: RunConfig) -> RunConfig:
 
 
 def _compare(config: RunConfig, from_scratch_uri: str, output: Path) -> Path:
-    """Degrades the held-out photographs, has both models upscale them, and shows each beside HR."""
+    """Degrades the held-out photographs, upscales them with both models, and shows the results beside HR."""
     lq_folder = output / "lq"
     lq_folder.mkdir()
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -106,16 +106,16 @@ def _compare(config: RunConfig, from_scratch_uri: str, output: Path) -> Path:
         (lq_folder / f"{Path(name).stem}.png").write_bytes(encode_png(lq_u8))
     command = ["-m", "pipelines.upscale", str(lq_folder), "--output", str(output)]
     subprocess.run([sys.executable, *command, "--tracking-uri", config.tracking_uri], check=True)
-    untaught = find_released(from_scratch_uri, config.tracking_uri).load()
+    from_scratch = find_released(from_scratch_uri, config.tracking_uri).load()
     scale, rows = config.network.scale, []
     for stem, (hr_u8, lq_u8) in pairs.items():
         fine_tuned = decode((output / f"{stem}_x{scale}.png").read_bytes(), name=stem)
-        rows.append(np.hstack([bicubic(lq_u8, scale), untaught(lq_u8, 0), fine_tuned, hr_u8]))
+        rows.append(np.hstack([bicubic(lq_u8, scale), from_scratch(lq_u8, 0), fine_tuned, hr_u8]))
     picture = output / "comparison.png"
     picture.write_bytes(encode_png(np.vstack(rows)))
     return picture
 
 
 def _announce(command: str, what: str) -> None:
-    """A heading with the pipeline that comes next."""
+    """Prints a heading for the next pipeline."""
     print(as_typed(f"\npython -m pipelines.{command}: {what}"), flush=True)

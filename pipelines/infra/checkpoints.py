@@ -26,7 +26,7 @@ STARTER = "starter"
 """Accepted instead of a checkpoint's URI: the model included in the package, in pipelines/starter/."""
 
 LPIPS_BY_PICTURE = "lpips_by_picture"
-"""In `Stored.meta`: the LPIPS of each picture of data.val_uri, without its name, which would be released."""
+"""Key in `Stored.meta`: the LPIPS of each picture of data.val_uri; unnamed, as names would be released."""
 
 _PREFIX = "checkpoint_"
 

@@ -93,7 +93,7 @@ class _Leader:
         )
 
     def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
-        """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to go."""
+        """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to be lost."""
         evaluation = None if is_preempted else self.reporter.evaluate(state)
         metrics = evaluation.means if evaluation else {}
         meta = {

@@ -1,13 +1,14 @@
 """Objectives at equal cost, with the controls: `python -m tests.benchmarks.ablation --help`.
 
-Every arm trains one network from the same weights on the same pairs in the same order, once a seed, and is
-scored on held-out photographs by its average. Without CT, the HR picture as target is the control: an arm
-that loses to it has gained nothing from its trajectory. The seeds take turns, so that what is there after a
-stop is even; results are appended to a JSON file, and what is in it is not computed again.
+Every arm trains a network from the same weights on the same pairs in the same order, once per seed; its EMA
+weights are scored on held-out photographs. Training towards the HR picture, without CT, is the control: an
+arm that does worse has gained nothing from its trajectory. All arms run for one seed before the next, so that
+an interrupted comparison is balanced; results are appended to a JSON file, and those in it are not computed
+again.
 
-Equal seconds are CPU time on CPUs, where others share the cores, and time of the wall on GPUs; each arm gets
-as many steps as its own cost allows. Equal steps are what they say. The learning rate is halved at 0.6 of the
-steps and the average spans a thirtieth of them in all arms.
+Equal seconds are CPU time on CPUs, which others share, and wall-clock time on GPUs; each arm gets as many
+steps as its own cost allows. With equal steps, all arms get the same number. In all arms, the learning rate
+is halved at 0.6 of the steps, and the EMA spans a thirtieth of them.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Arm:
     settings: tuple[str, ...] = ()
     """`key=value` on top of the published objective."""
     dtm_share: float = 0.0
-    """Of the steps, at the end, with DTM."""
+    """Fraction of the steps, at the end, with DTM."""
 
 
 ARMS = {
@@ -69,19 +70,19 @@ DEFAULT_ARMS = list(ARMS)[:6]
 
 @dataclass(frozen=True)
 class Budget:
-    """What all arms have equally much of."""
+    """What all arms get the same amount of."""
 
     unit: str
     amount: float
 
     @property
     def name(self) -> str:
-        """As in "equal seconds, 6"."""
+        """Such as "equal seconds, 6"."""
         return f"equal {self.unit}, {self.amount:g}"
 
 
 class Results:
-    """Rows in a JSON file, of one setting; another setting begins anew."""
+    """Rows in a JSON file, for one setting; another setting starts a new file."""
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self._path = path
@@ -96,7 +97,7 @@ class Results:
         return any(all(row[k] == v for k, v in keys.items()) for row in self.data["rows"])
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row, in the file too."""
+        """Appends a row, also to the file."""
         self.data["rows"].append(row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".new")
@@ -114,7 +115,7 @@ class Comparison:
     def row(self, name: str, arm: Arm, seed: int, budget: Budget) -> dict[str, Any]:
         """Trains and scores an arm."""
         trainer = self._trainer
-        # An arm may have a distance of its own, which is not the one that the trainer has compiled.
+        # An arm may have a distance of its own instead of the one that the trainer has compiled.
         config = from_dict(RunConfig, override(to_dict(self._base), [*arm.settings, f"seed={seed}"]))
         usual = trainer.lpips
         if config.loss.lpips_net != self._base.loss.lpips_net:
@@ -138,7 +139,7 @@ class Comparison:
 
 
 def table(data: dict[str, Any]) -> str:
-    """Means over seeds and, behind +-, the standard deviation of a seed; a part for each budget."""
+    """A table for each budget: means over seeds and, after +-, the standard deviation over seeds."""
     titles = ("LPIPS-alex", "LPIPS-vgg", "DISTS", "PSNR-Y", "SSIM-Y", "NIQE", "colour")
     digits = (3, 3, 3, 2, 3, 2, 2)
     lines = []
@@ -165,7 +166,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--photos", type=Path, required=True, help="a folder with train and val")
     parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
-    parser.add_argument("--results", type=Path, required=True, help="JSON file; continued if it is there")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; extended if it exists")
     parser.add_argument("--network", default="small", choices=list(CANDIDATES), help="default %(default)s")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of all arms")
     parser.add_argument("--arms", nargs="*", default=DEFAULT_ARMS, choices=list(ARMS), help="default: six")
@@ -183,7 +184,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The whole of it, as the command line says."""
+    """Runs the comparison that the command line describes."""
     if arguments.kit:
         install(arguments.kit)
     published = [*arguments.set, "loss.hr_target_until=0"]
@@ -238,7 +239,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare(comparison: Comparison, results: Results, arguments: argparse.Namespace) -> None:
-    """Trains what is not there yet, seed by seed, until the time is over."""
+    """Trains the missing arms, seed by seed, until the time is over."""
     ends = time.monotonic() + arguments.time_limit
     budgets = [Budget("seconds", arguments.seconds), Budget("steps", arguments.steps)]
     for seed in range(arguments.seeds):

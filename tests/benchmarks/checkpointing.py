@@ -1,8 +1,8 @@
 """What saving costs the training loop: `python -m tests.benchmarks.checkpointing`.
 
-One worker of the `small` preset makes training steps on one thread. In turn, a stretch of steps begins with
-a save by the writer of `pipelines.checkpoints`, which then writes beside the steps, or does not. The seconds
-that the first kind takes longer, over those of all steps between two checkpoints, end the table.
+One worker of the `small` preset makes training steps on one thread. Every other stretch of steps begins with
+a save by the writer of `pipelines.infra.checkpoints`, which then writes in the background. The last line is
+the extra time of these stretches, relative to the time between two checkpoints.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipelines.infra.checkpoints import CheckpointWriter
 from .train_rate import batches
 
 STEPS = 8
-"""Of a stretch: more than a checkpoint takes to be written."""
+"""Length of a stretch: longer than a checkpoint takes to write."""
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Speed of the degradation on one core, against its plain form: `python -m tests.benchmarks.degradation`.
+"""Speed of the degradation on one core, against a plain one: `python -m tests.benchmarks.degradation`.
 
-Both degrade the same crops of photographs, in turn. Medians over the rounds count, and a round is some
-batches, because one may cost several times another. The plain form is `plain_degradation`, in batches as the
-authors' code has it; ours takes one image at a time, as a data task does.
+Both degrade the same crops of photographs, in turn. The results are medians over rounds of several batches,
+as one batch may cost several times as much as another. The plain implementation is `plain_degradation`, in
+batches like the authors' code; ours takes one image at a time, as a data task does.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .plain_degradation import degrade_batch
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 BATCHES = 8
-"""Of a round."""
+"""Per round."""
 STEPS = ("blur", "resize", "add_gaussian_noise", "add_poisson_noise", "jpeg")
 
 
@@ -39,19 +39,19 @@ def crops(num: int, size: int) -> np.ndarray:
 
 
 def ours(hr_u8: np.ndarray, scale: int, config: DegradationConfig, rng: np.random.Generator) -> np.ndarray:
-    """Ours on a batch."""
+    """Degrades a batch with our implementation."""
     return np.stack([degrade(image, scale=scale, config=config, rng=rng) for image in hr_u8])
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Seconds, and what came out."""
+    """Seconds taken, and the result."""
     started = time.perf_counter()
     lq = run()
     return time.perf_counter() - started, lq
 
 
 def stages(hr_u8: np.ndarray, scale: int, config: DegradationConfig) -> dict[str, float]:
-    """Milliseconds an image that ours spends in each operation; the rest is in "all"."""
+    """Milliseconds per image that ours spends in each operation; the rest is in "all"."""
     spent = dict.fromkeys((*STEPS, "_draw_kernel"), 0.0)
 
     def watch(name: str, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
@@ -82,7 +82,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=int, default=256, help="side of the HR crops; default %(default)s")
-    parser.add_argument("--batch", type=int, default=8, help="images of a batch; default %(default)s")
+    parser.add_argument("--batch", type=int, default=8, help="images per batch; default %(default)s")
     parser.add_argument("--rounds", type=int, default=15, help=f"of {BATCHES} batches; default %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def main() -> None:
     torch.manual_seed(0)
     times: dict[str, list[float]] = {name: [] for name in forms}
     results: dict[str, list[np.ndarray]] = {name: [] for name in forms}
-    for number in range(-2, BATCHES * arguments.rounds):  # two batches to warm up
+    for number in range(-2, BATCHES * arguments.rounds):  # the first two batches are for warming up
         for name, form in forms.items():
             seconds, lq = timed(partial(form, hr_u8, scale, config, rngs[name]))
             if number >= 0:

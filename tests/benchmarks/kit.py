@@ -1,9 +1,9 @@
-"""What a machine without network needs besides this repository: `python -m tests.benchmarks.kit --help`.
+"""Packs what a machine without network access needs: `python -m tests.benchmarks.kit --help`.
 
-The command packs photographs and LPIPS's weights into a folder of at most so many MiB. The backbones are
-halved to float16, which moves LPIPS by less than a thousandth. Training photographs are written again as JPEG
-(4:4:4), at the best quality that fits; held-out ones are copied as they are. `install` makes a kit's weights
-those that `load_lpips` and `load_dists` find, for the process that calls it.
+The command packs photographs and LPIPS's weights into a folder of limited size. The backbones are converted
+to float16, which changes LPIPS by less than a thousandth. Training photographs are re-encoded as JPEG
+(4:4:4), at the best quality that fits; held-out ones are copied as they are. `install` makes `load_lpips` and
+`load_dists` use a kit's weights in the calling process.
 """
 
 import argparse
@@ -30,7 +30,7 @@ HELD_OUT = ("val", "test")
 
 
 def install(kit: Path) -> None:
-    """Lets this process compute LPIPS and DISTS with the kit's weights, and import what it packed."""
+    """Makes this process compute LPIPS and DISTS with the kit's weights, and import its packages."""
     cache = Path(tempfile.mkdtemp(prefix="ctmsr-kit-"))
     os.environ["CTMSR_CACHE"] = str(cache)
     sys.path.append(str(kit / "packages"))
@@ -39,7 +39,7 @@ def install(kit: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         halves = load_file(kit / "backbones" / f"{net}.safetensors")
         save_file({name: value.float() for name, value in halves.items()}, path)
-        # The file is ours, made a moment ago, and not the one that the known hash is of.
+        # We have just written this file ourselves; the known hash is that of another one.
         backbone_cache.BACKBONE_SHA256[net] = backbone_cache.sha256_file(path)
 
 
@@ -47,10 +47,10 @@ def pack(photos: Path, more: list[Path], into: Path, mib: float) -> int:
     """Writes a kit and returns the JPEG quality of its training photographs.
 
     Args:
-        photos: Has the folders train, val and test.
+        photos: A folder with train, val and test.
         more: Further folders of training photographs.
-        into: Where the kit goes; what is there is deleted.
-        mib: Largest size of the kit.
+        into: The kit's folder; existing contents are deleted.
+        mib: Largest size of the kit, in MiB.
 
     Raises:
         ValueError: It does not fit even at the lowest quality.
@@ -81,14 +81,14 @@ def pack(photos: Path, more: list[Path], into: Path, mib: float) -> int:
 
 
 def _pack_training(folders: list[Path], into: Path, num_bytes: int) -> int:
-    """Writes the pictures of the folders as JPEG, at the best quality whose sum fits; returns that."""
+    """Writes the folders' pictures as JPEG, at the best quality that fits in total; returns the quality."""
     into.mkdir(parents=True)
     paths = [
         path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES
     ]
     pictures = [cv2.cvtColor(decode(path.read_bytes(), name=str(path)), cv2.COLOR_RGB2BGR) for path in paths]
     low, high = 0, len(QUALITIES)
-    while low < high:  # the first quality, from above, that fits
+    while low < high:  # the highest quality that fits
         middle = (low + high) // 2
         sizes = sum(len(_jpeg(picture, QUALITIES[middle])) for picture in pictures)
         low, high = (low, middle) if sizes <= num_bytes else (middle + 1, high)

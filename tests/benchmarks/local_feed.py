@@ -1,12 +1,12 @@
-"""Training batches on one machine without Ray: photographs in memory, cores that degrade, a pool of pairs.
+"""Training batches on one machine without Ray: photographs in memory, forked workers, a pool of pairs.
 
 Photographs are decoded once. Forked processes fill a pool in shared memory: each draws a crop, flips or turns
 it, degrades it, and puts the pair into the next of its places, round after round. The trainer draws random
-places and never waits; a pair that is drawn twice before it is replaced comes in another of the eight
-symmetries of the square (flips and quarter turns), which JPEG's blocks and the resizes are alike under.
+places and never waits; a pair that is drawn twice before it is replaced appears in another of the eight
+symmetries of the square (flips and quarter turns), under which JPEG's blocks and the resizes are invariant.
 
 A pair is a function of the seed, its place and its round, on any number of processes: a pool that is filled
-once, `renew=False`, is a data set that every arm of a comparison shares.
+only once, with `renew=False`, is a data set that all arms of a comparison share.
 """
 
 import mmap
@@ -32,14 +32,14 @@ SYMMETRIES = 8
 
 
 def read_photos(folder: Path, limit: int | None = None) -> list[np.ndarray]:
-    """All pictures of a folder in the order of their names, uint8 (height, width, 3) each.
+    """All pictures of a folder, ordered by name, uint8 (height, width, 3) each.
 
     Raises:
-        DataError: There is none.
+        DataError: There are none.
     """
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise DataError(f"{folder} holds no picture ({', '.join(sorted(SUFFIXES))}). Name another folder.")
+        raise DataError(f"{folder} contains no picture ({', '.join(sorted(SUFFIXES))}). Name another folder.")
     return [decode(path.read_bytes(), name=str(path)) for path in paths[:limit]]
 
 
@@ -58,24 +58,24 @@ class PairPool:
         seed: int = 0,
         renew: bool = True,
     ) -> None:
-        """Starts the processes, by fork: call it before anything touches a GPU.
+        """Forks the processes: call it before anything touches a GPU.
 
         Args:
-            photos: uint8 pictures; one is drawn as often as its area says.
+            photos: uint8 pictures, drawn in proportion to their areas.
             hr_size: Side of the HR crops in pixels.
             scale: HR/LQ ratio.
             degradation: The recipe.
             capacity: Places of the pool, at least `num_processes`.
-            num_processes: Leave a core for the trainer.
-            seed: Of crops and degradation.
-            renew: Whether pairs are replaced for as long as the pool is open, or made once.
+            num_processes: Processes that degrade; leave a core for the trainer.
+            seed: Seed of crops and degradation.
+            renew: Whether to keep replacing pairs while the pool is open, or make each only once.
         """
         self._photos, self._scale, self._degradation, self._seed = photos, scale, degradation, seed
         self._renew = renew
         lq_size = hr_size // scale
         self.hr_u8 = _shared((capacity, hr_size, hr_size, 3), np.uint8)
         self.lq_u8 = _shared((capacity, lq_size, lq_size, 3), np.uint8)
-        # Twice the round of the pair, and one more while it is being written.
+        # Twice the round of the pair, plus one while it is being written.
         self._versions = _shared((capacity,), np.int64)
         areas = np.array([photo.shape[0] * photo.shape[1] for photo in photos], np.float64)
         self._odds = areas / areas.sum()
@@ -94,10 +94,10 @@ class PairPool:
         return int((self._versions // 2).sum())
 
     def wait(self, num_ready: int | None = None) -> None:
-        """Returns once that many places, by default all, hold a pair.
+        """Waits until that many places, by default all, hold a pair.
 
         Raises:
-            DataError: A process ended before.
+            DataError: A process ended first.
         """
         wanted = len(self._versions) if num_ready is None else num_ready
         while np.count_nonzero(self._versions >= 2) < wanted:
@@ -112,7 +112,7 @@ class PairPool:
             process.join()
 
     def read(self, places: np.ndarray, hr_out: np.ndarray, lq_out: np.ndarray) -> None:
-        """Copies the pairs at `places` into the arrays; one that is replaced meanwhile is copied again."""
+        """Copies the pairs at `places` into the arrays; one replaced in the meantime is copied again."""
         rows = np.arange(len(places))
         while len(rows):
             before = self._versions[places[rows]]
@@ -125,7 +125,7 @@ class PairPool:
         return np.flatnonzero(self._versions >= 2)
 
     def _fill(self, first: int, step: int) -> None:
-        """A process: its places in turn, until it is told to stop or its parent is gone."""
+        """Body of a process: fills its places in turn, until it is stopped or its parent is gone."""
         cv2.setNumThreads(0)
         torch.set_num_threads(1)
         parent = os.getppid()
@@ -139,7 +139,7 @@ class PairPool:
                 self._versions[place] += 1
 
     def _pair(self, place: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A crop and what the degradation makes of it: a function of seed, place and round."""
+        """A crop and its degraded version: a function of seed, place and round."""
         rng = np.random.default_rng([self._seed, place, number])
         photo = self._photos[rng.choice(len(self._photos), p=self._odds)]
         hr_u8 = random_crop(photo, self.hr_u8.shape[1], rng, name="a photograph")
@@ -149,10 +149,10 @@ class PairPool:
 
 
 class LocalFeed:
-    """Endless batches out of a pool, on the device; nothing is copied from pageable memory."""
+    """Endless batches from a pool, on the device; all copies are from pinned memory."""
 
     def __init__(self, pool: PairPool, *, batch_size: int, device: torch.device, seed: int = 0) -> None:
-        """`seed` picks the order; the same on the same frozen pool gives the same batches."""
+        """`seed` determines the order; on the same frozen pool it gives the same batches."""
         self._pool, self._device, self._size, self._seed = pool, device, batch_size, seed
         pin = device.type == "cuda"
         # While the device still copies from one pair of buffers, the other is filled.
@@ -170,7 +170,7 @@ class LocalFeed:
             yield self.batch(step)
 
     def batch(self, step: int) -> Batch:
-        """The batch of an optimizer step."""
+        """The batch for an optimizer step."""
         rng = np.random.default_rng([self._seed, step])
         places = rng.choice(self._pool.ready(), self._size)
         hr_u8, lq_u8 = self._on_device(places, step % 2)
@@ -197,14 +197,14 @@ class LocalFeed:
 
 
 def turned(images: Tensor, symmetries: Sequence[int] | np.ndarray) -> Tensor:
-    """Square NHWC images, each in one of the symmetries of the square, the same for an HR image and its LQ.
+    """Applies one of the square's symmetries to each square NHWC image, the same to an HR image and its LQ.
 
-    The batch is cut into as many groups as there are symmetries, so that the number of operations does not
+    The batch is split into as many groups as there are symmetries, so that the number of operations does not
     depend on its size.
 
     Args:
         images: (N, side, side, C).
-        symmetries: By group: quarter turns, plus 4 for a flip before them.
+        symmetries: For each group: quarter turns, plus 4 for a flip before them.
 
     Returns:
         A new tensor of the same shape.
@@ -217,6 +217,6 @@ def turned(images: Tensor, symmetries: Sequence[int] | np.ndarray) -> Tensor:
 
 
 def _shared(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that forked processes share; no name in /dev/shm, whose size a container may limit."""
+    """Zeros that forked processes share, outside /dev/shm, whose size a container may limit."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)

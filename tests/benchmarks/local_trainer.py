@@ -1,8 +1,8 @@
-"""Runs on one device, one after the other, with one network that is compiled once.
+"""Training runs on one device, one after the other, with a network that is compiled only once.
 
-A run is a RunConfig's: its weights, batches, losses and updates are those of the pipelines on one worker. How
-many steps fit into a time is measured: what a step costs depends on its phase (an HR target saves a call of
-the network, DTM needs two more), so each phase is tried before a run's `optim` is fixed.
+A run follows a RunConfig: its weights, batches, losses and updates are those of the pipelines on one worker.
+How many steps fit into a given time is measured. The cost of a step depends on its phase (an HR target saves
+a call of the network, DTM needs two more), so each phase is timed before a run's `optim` is fixed.
 """
 
 import time
@@ -22,7 +22,7 @@ from pipelines.config.run_config import RunConfig
 from .local_feed import LocalFeed
 
 TRIAL_STEPS = 10_000
-"""Length of the run whose phases are tried, so that its shares fall on whole steps."""
+"""Length of the run whose phases are timed, so that its shares are whole steps."""
 
 
 class LocalTrainer:
@@ -41,12 +41,12 @@ class LocalTrainer:
         """Puts both networks on the device.
 
         Args:
-            network: What is trained.
-            lpips: What it is trained with.
-            device: Where.
+            network: The network to train.
+            lpips: The network of its loss.
+            device: Device to train on.
             bf16: Whether losses are computed on a bf16 copy of the weights.
             compiled: Whether both are compiled, in a first slow step.
-            by_cpu_time: Whether `clock` tells this process's CPU time, for CPUs that others share.
+            by_cpu_time: Whether `clock` measures this process's CPU time, for CPUs shared with others.
         """
         self.lpips, self.device, self._by_cpu_time = lpips.to(device), device, by_cpu_time
         self.model = ConsistencyModel(network).to(device)
@@ -60,7 +60,7 @@ class LocalTrainer:
                 module.compile(dynamic=False)
 
     def start(self, config: RunConfig, before: TrainState | None = None) -> TrainState:
-        """A state at step 0: of the seed's weights, or where another run ended, optimizer and average too."""
+        """A state at step 0: from the seed's weights, or another run's end, optimizer and EMA included."""
         if before is None:
             torch.manual_seed(sample_seed(config.seed, "weights"))
             self.model.load_state_dict(ConsistencyModel(config.network).state_dict())
@@ -73,10 +73,10 @@ class LocalTrainer:
         return state
 
     def warm_up(self, config: RunConfig, feed: LocalFeed) -> str:
-        """Compiles; where that fails, goes on uncompiled and returns why."""
+        """Compiles the networks; if that fails, continues uncompiled and returns the reason."""
         try:
             self._time_steps(config, feed, first=0, num=2)
-        except RuntimeError as error:  # torch's and Triton's own errors are ones
+        except RuntimeError as error:  # includes torch's and Triton's own errors
             if not self.is_compiled:
                 raise
             self.is_compiled = False
@@ -89,7 +89,7 @@ class LocalTrainer:
     def seconds_a_step(
         self, config: RunConfig, feed: LocalFeed, *, dtm_share: float = 0.0, trials: int = 12
     ) -> float:
-        """Mean over a run, by trying `trials` steps of each of its phases."""
+        """Mean seconds per step of a run, from `trials` steps of each of its phases."""
         trial = with_steps(config, TRIAL_STEPS, dtm_share)
         hr_steps = round(trial.loss.hr_target_until * TRIAL_STEPS)
         borders = sorted({0, min(hr_steps, trial.optim.ct_steps), trial.optim.ct_steps, TRIAL_STEPS})
@@ -106,7 +106,7 @@ class LocalTrainer:
         before: TrainState | None = None,
         goes_on: Callable[[TrainState, dict[str, torch.Tensor]], bool] = lambda state, losses: True,
     ) -> TrainState:
-        """Trains to the last step, or until `goes_on`, which sees every step's losses, says no."""
+        """Trains to the last step, or until `goes_on`, which gets every step's losses, returns false."""
         state = self.start(config, before)
         recipe = config.recipe
         while state.global_step < config.optim.total_steps:
@@ -117,13 +117,13 @@ class LocalTrainer:
         return state
 
     def clock(self) -> float:
-        """Seconds, when the device has done what was asked of it."""
+        """Seconds, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.process_time() if self._by_cpu_time else time.perf_counter()
 
     def _time_steps(self, config: RunConfig, feed: LocalFeed, *, first: int, num: int) -> float:
-        """Mean seconds of steps from `first` on, after two that are not counted; the state is dropped."""
+        """Mean seconds of steps from `first` on, after two uncounted ones; the state is discarded."""
         state = self.start(config)
         state.global_step = first
         if config.optim.dtm_steps and first >= config.optim.ct_steps:

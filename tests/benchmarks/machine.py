@@ -1,4 +1,4 @@
-"""What a measurement was made on, in words."""
+"""Describes the machine of a measurement."""
 
 import os
 

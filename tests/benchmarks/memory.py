@@ -1,8 +1,8 @@
 """Host memory of a long stream: `python -m tests.benchmarks.memory`.
 
 One epoch over 100 000 small pictures, from an S3 store through Ray Data's tasks to a Ray Train worker that
-makes batches of them. What each kind of process holds is read from /proc all the while: its own pages, and
-its part of those it shares; not libraries, which processes of others would count for, too. The last line is
+makes batches of them. The memory of each kind of process is read from /proc all the while: its own pages and
+its share of shared ones, but not libraries, whose share depends on unrelated processes. The last line is
 memory at the end over memory at 10 000 images.
 """
 
@@ -37,7 +37,7 @@ TELL_EVERY = 20
 
 
 def consume(loop: Mapping[str, Any]) -> None:
-    """The trainer: batches on the device, and nothing done with them."""
+    """The trainer: puts batches on the device, and does nothing with them."""
     shard, seen = ray.train.get_dataset_shard("train"), 0
     while seen < loop["total"]:
         for rows in shard.iter_batches(batch_size=BATCH, batch_format="numpy"):
@@ -47,12 +47,12 @@ def consume(loop: Mapping[str, Any]) -> None:
 
 
 def processes(root: int) -> list[int]:
-    """`root` and all that descend from it."""
+    """`root` and all its descendants."""
     children: dict[int, list[int]] = defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             children[int(stat.read_text().rpartition(")")[2].split()[1])].append(int(stat.parent.name))
-        except OSError:  # ended meanwhile
+        except OSError:  # ended in the meantime
             continue
     found = [root]
     for parent in found:
@@ -61,7 +61,7 @@ def processes(root: int) -> list[int]:
 
 
 def memory_mb(root: int) -> dict[str, float]:
-    """MB that each kind of process holds."""
+    """Memory of each kind of process, in MB."""
     held: dict[str, float] = defaultdict(float)
     for pid in processes(root):
         try:
@@ -75,7 +75,7 @@ def memory_mb(root: int) -> dict[str, float]:
 
 
 def kind(is_root: bool, command: str) -> str:
-    """What a process is for; empty for the store, whose memory is the pictures."""
+    """The kind of a process; empty for the store, whose memory holds the pictures."""
     if is_root:
         return "driver"
     if any(name in command for name in ("ceph-mon", "ceph-osd", "radosgw")):
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def watch(queue: Queue, total: int, samples: list[tuple[int, dict[str, float]]]) -> None:
-    """Memory at every number of images that the trainer tells."""
+    """Memory at every number of images that the trainer reports."""
     started, seen = time.monotonic(), 0
     while seen < total:
         seen = queue.get()
@@ -136,7 +136,7 @@ def watch(queue: Queue, total: int, samples: list[tuple[int, dict[str, float]]])
 
 
 def report(samples: list[tuple[int, dict[str, float]]], start: int, total: int) -> None:
-    """The medians around the two places, a tenth of the stream wide, and their ratio."""
+    """Prints the medians around the two points, each over a tenth of the stream, and their ratio."""
     width = total // 20
     places = {"first": (start - width, start + width), "last": (total - 2 * width, total)}
     print(f"{'MB':20}{f'at {start}':>12}{f'at {total}':>12}")

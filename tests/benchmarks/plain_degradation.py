@@ -1,8 +1,9 @@
-"""The degradation recipe in its plain form: batches of float tensors, as the authors' code has it.
+"""A plain implementation of the degradation: on batches of float tensors, like the authors' code.
 
 Kernels are drawn per image in numpy, padded to 21 pixels and applied by a grouped convolution. Size and mode
-of a resize, and the kind of noise, are drawn once a batch. Noise is computed grey and in colour, and one of
-the two taken. JPEG is the differentiable stand-in: 8x8 DCT by a tensor product, on 4:2:0 chroma.
+of a resize, and the kind of noise, are drawn once per batch. Noise is computed both in grey and in colour,
+and one of the two selected. JPEG is the differentiable stand-in: 8x8 DCT by a tensor product, on 4:2:0
+chroma.
 """
 
 import math
@@ -41,7 +42,7 @@ def degrade_batch(
         hr_u8: uint8 (N, H, W, 3); sides are multiples of `scale`.
         scale: HR/LQ ratio.
         config: Probabilities and ranges.
-        rng: Of kernels and of choices; torch's global generator draws the noise.
+        rng: Draws kernels and choices; torch's global generator draws the noise.
 
     Returns:
         uint8 (N, H // scale, W // scale, 3).
@@ -186,7 +187,7 @@ def _jpeg(image: Tensor, quality: tuple[float, float], rng: np.random.Generator)
 
 
 def _quantised(plane: Tensor, table: Tensor, factor: Tensor) -> Tensor:
-    """A plane (N, H, W) in 0..255 through DCT, rounding to the table's multiples, and back."""
+    """A plane (N, H, W) in 0..255 after DCT, rounding to multiples from the table, and inverse DCT."""
     n, height, width = plane.shape
     blocks = plane.view(n, height // 8, 8, width // 8, 8).permute(0, 1, 3, 2, 4).reshape(n, -1, 8, 8)
     coefficients = 0.25 * _ALPHA * torch.tensordot(blocks - 128, _BASIS, dims=2)

@@ -1,7 +1,7 @@
 """The quality table, a checkpoint beside its peers: `python -m tests.benchmarks.quality --help`.
 
-The scores of every picture are kept in a file a row. What is there is not computed again, and rows that were
-made before or elsewhere stand in the table beside new ones.
+Each row has a file with the scores of every picture. Scores in it are not computed again, and rows that were
+made earlier or elsewhere appear in the table beside new ones.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .quality_sets import DRAWS, PHOTO_PX, PHOTOS, TESTSETS, Sample, read_set
 from .quality_sheet import SHEET, sheet, strip, write_strip
 
 Row = dict[str, dict[str, Any]]
-"""Scores by the key of a picture, and under "about" what made them."""
+"""Scores by the key of a picture, and under "about" what produced them."""
 
 SCORES = ("psnr_y", "ssim_y", "lpips", "dists", "niqe")
 COLUMNS = {
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def picture_scores(made: Made, hr_u8: np.ndarray, lpips: Lpips, dists: Dists) -> dict[str, float]:
-    """COLUMNS of one picture, rounded to five digits; NIQE is missing where it is too small."""
+    """COLUMNS of one picture, rounded to five digits; without NIQE if it is too small for that."""
     pair = Pair(made.sr_u8, hr_u8, lpips, SCALE, dists)
     found = {name: METRICS[name].compute(pair) for name in SCORES}
     found |= {"colour": colour_error(made.sr_u8, hr_u8), "cpu_ms": made.cpu_ms, "peak_mib": made.peak_mib}
@@ -55,10 +55,10 @@ def picture_scores(made: Made, hr_u8: np.ndarray, lpips: Lpips, dists: Dists) ->
 
 
 def fill(path: Path, bench: Bench, samples: Iterable[Sample]) -> None:
-    """Adds to a row what it lacks, and writes it after each picture.
+    """Adds the missing scores to a row, and writes it after each picture.
 
     Raises:
-        UserError: The row in the file was made by something else.
+        UserError: The row in the file was produced by something else.
     """
     about = {"parameters": bench.num_parameters, "version": bench.version}
     about |= {"machine": machine(torch.device("cpu"))}
@@ -77,7 +77,7 @@ def fill(path: Path, bench: Bench, samples: Iterable[Sample]) -> None:
 
 
 def write(path: Path, row: Row) -> None:
-    """A line a picture; whole or not at all."""
+    """Writes a row atomically, a line per picture."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in row.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(f"{{\n{lines}\n}}\n")
@@ -85,7 +85,7 @@ def write(path: Path, row: Row) -> None:
 
 
 def table(rows: Mapping[str, Row]) -> str:
-    """The means of every set that a row has pictures of."""
+    """Means over every set of which a row has pictures."""
     sets = [name for name in (*TESTSETS, *PHOTOS) if any(_of(row, name) for row in rows.values())]
     header = "".join(f"{title:>11}" for title, _ in COLUMNS.values())
     lines = []
@@ -112,7 +112,7 @@ def _mean(scores: list[dict[str, float]], column: str, digits: int) -> str:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """All rows in a folder by name: bicubic first, then the peers, then ours."""
+    """All rows in a folder, by name: bicubic first, then the peers, then ours."""
     found = {
         path.stem.removeprefix("quality-"): json.loads(path.read_text())
         for path in sorted(folder.glob("quality-*.json"))
@@ -125,12 +125,14 @@ def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.quality")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a checkpoint")
-    parser.add_argument("--name", help="of its row; default: the folder's name")
+    parser.add_argument("--name", help="name of its row; default: the folder's name")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), metavar="NAME", help="all, or some")
     parser.add_argument("--sets", nargs="*", default=[*TESTSETS, *PHOTOS], help="default: all")
     parser.add_argument("--testsets", type=Path, default=Path("testsets"), help="default %(default)s")
     parser.add_argument("--photos", type=Path, default=Path("photos"), help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where rows are; default: beside this file")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the rows; default: beside this file"
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     ways: dict[str, Callable[[], Loaded]] = {"bicubic": load_bicubic}

@@ -1,4 +1,4 @@
-"""The pictures of the quality table: public test sets, and held-out photographs as photographs come."""
+"""The pictures of the quality table: public test sets, and realistically degraded held-out photographs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ TESTSETS = ("Set5", "Set14", "BSD100")
 PHOTOS = ("val", "test")
 PHOTO_PX = 512
 DRAWS = 2
-"""Degradations of a photograph."""
+"""Degradations per photograph."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is made larger again."""
+    """A picture and its LR version."""
 
     key: str
     """Such as "Set5/img_001", or "test/0008.1" for the second degradation of a photograph."""
@@ -47,10 +47,10 @@ def read_testset(folder: Path) -> Iterator[Sample]:
 
 
 def read_photos(folder: Path) -> Iterator[Sample]:
-    """The middle PHOTO_PX of every photograph, degraded in DRAWS ways that depend on its name alone.
+    """The middle PHOTO_PX of every photograph, degraded in DRAWS ways that depend only on its name.
 
     Raises:
-        DataError: There is none, or one is damaged.
+        DataError: There are none, or one is damaged.
     """
     for path in _pictures(folder):
         hr_u8 = center_crop(_read(path), PHOTO_PX, name=str(path))
@@ -61,7 +61,7 @@ def read_photos(folder: Path) -> Iterator[Sample]:
 
 
 def read_set(name: str, testsets: Path, photos: Path) -> Iterator[Sample]:
-    """The set of a name in TESTSETS or PHOTOS."""
+    """The set with a name from TESTSETS or PHOTOS."""
     return read_testset(testsets / name) if name in TESTSETS else read_photos(photos / name)
 
 

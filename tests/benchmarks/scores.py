@@ -1,4 +1,4 @@
-"""Mean scores of a network on held-out photographs; the metrics of CPUs run beside the device."""
+"""Mean scores of a network on held-out photographs; metrics on CPUs run in parallel with the device."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ COLUMNS = ("lpips", "lpips_vgg", "dists", "psnr_y", "ssim_y", "niqe", "colour_er
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out picture and what was made of it."""
+    """A held-out picture and its degraded version."""
 
     hr_u8: np.ndarray
     lq_u8: np.ndarray
@@ -35,7 +35,7 @@ class Pair:
 def held_out_pairs(
     photos: Sequence[np.ndarray], *, size: int, draws: int, scale: int, degradation: DegradationConfig
 ) -> list[Pair]:
-    """The middle of every picture, degraded in `draws` ways that depend on its number alone."""
+    """The centre of every picture, degraded in `draws` ways that depend only on its number."""
     return [
         Pair(
             hr_u8,
@@ -47,10 +47,10 @@ def held_out_pairs(
 
 
 class Scorer:
-    """The perceptual networks on a device, and processes for what CPUs compute."""
+    """The perceptual networks on a device, and processes for the metrics on CPUs."""
 
     def __init__(self, pairs: Sequence[Pair], device: torch.device, num_processes: int) -> None:
-        """Forks: create it before anything touches a GPU, and call `warm_up` after."""
+        """Forks processes: create it before anything touches a GPU, and call `warm_up` afterwards."""
         self.pairs, self._device = pairs, device
         self._pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork"), _alone)
         self._pool.submit(int).result()  # all processes start with the first task
@@ -61,7 +61,7 @@ class Scorer:
         self._dists = load_dists().to(self._device)
 
     def pictures(self, model: ConsistencyModel, sigma_max: float) -> list[np.ndarray]:
-        """What the network makes of all pairs, each with noise of its own; the network keeps its mode."""
+        """The network's output for all pairs, each with its own noise; the network keeps its mode."""
         training = model.training
         model.eval()
         results = [
@@ -85,7 +85,7 @@ class Scorer:
         return {name: float(np.mean(values)) for name, values in found.items()}
 
     def bicubic(self) -> list[np.ndarray]:
-        """What a viewer would show without a network."""
+        """Scores of bicubic, which a viewer would show without a network."""
         return [bicubic(pair.lq_u8, len(pair.hr_u8) // len(pair.lq_u8)) for pair in self.pairs]
 
     def close(self) -> None:

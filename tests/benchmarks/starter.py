@@ -1,8 +1,8 @@
-"""Networks for a model that anyone can run on a CPU: `python -m tests.benchmarks.starter`.
+"""Candidate networks for a model that anyone can run on a CPU: `python -m tests.benchmarks.starter`.
 
-The command prints parameters and arithmetic of the candidates. 512x512 -> 2048x2048 is to take less than ten
-seconds on two cores, the interpreter's start included: about 0.4 TFLOP. What costs is the full resolution
-(the head alone is 0.2 M multiply-adds an LR pixel at 32 channels); lower levels hold cheap parameters.
+The command prints their parameters and arithmetic. 512x512 -> 2048x2048 should take less than ten seconds on
+two cores, including the start of the interpreter: about 0.4 TFLOP. The full resolution is what costs (the
+head alone takes 0.2 M multiply-adds per LR pixel at 32 channels); parameters at lower levels are cheap.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pipelines.config.run_config import RunConfig, TrainConfig
 from .plain import count_flops
 
 PICTURE_PX = 512 * 512
-"""LR pixels of the picture that the time limit is about."""
+"""LR pixels of the picture that the time limit refers to."""
 
 
 def network(
@@ -43,12 +43,12 @@ CANDIDATES: dict[str, NetworkConfig] = {
     "even": network((1, 2, 2), 2),
     "attentive": network((1, 2), 2, embed_dim=64),
     "four-levels": network((1, 1, 2, 4), 1, lq_size=64),
-    "tiny": replace(network((1,), 1, width=16, lq_size=16), window_size=4),  # to try the programs with
+    "tiny": replace(network((1,), 1, width=16, lq_size=16), window_size=4),  # for trying out the programs
 }
 
 
 def starter(name: str = "even") -> RunConfig:
-    """A run that trains a candidate as photographs need it, with the HR picture as target."""
+    """A run that trains a candidate for photographs, with the HR picture as target."""
     return RunConfig(
         name=f"starter-{name}",
         network=CANDIDATES[name],
@@ -60,7 +60,7 @@ def starter(name: str = "even") -> RunConfig:
 
 
 def multiply_adds(config: NetworkConfig) -> float:
-    """Of one forward pass, an LR pixel; counted on the meta device, so nothing is computed."""
+    """Multiply-adds of a forward pass per LR pixel; counted on the meta device, without computing."""
     with torch.device("meta"):
         model = ConsistencyModel(config).eval()
         x, lq = (torch.zeros(1, 3, side, side) for side in (config.hr_size, config.lq_size))
@@ -69,7 +69,7 @@ def multiply_adds(config: NetworkConfig) -> float:
 
 
 def num_parameters(config: NetworkConfig) -> int:
-    """All trained numbers of the network."""
+    """Number of trained parameters."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in ConsistencyModel(config).parameters())
 

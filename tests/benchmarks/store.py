@@ -1,4 +1,4 @@
-"""The store of the benchmarks: Ceph's gateway (tests/ceph.py) with a bucket of JPEG crops of photographs."""
+"""The store of the benchmarks: Ceph's gateway (tests/support/servers/ceph.py) with a bucket of JPEG crops."""
 
 import io
 import os
@@ -21,7 +21,7 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 
 @contextmanager
 def bucket(num: int, side: int) -> Iterator[str]:
-    """URI of a bucket of `num` square pictures; this process's AWS variables point to it, and stay so."""
+    """URI of a bucket of `num` square pictures; this process's AWS variables keep pointing to it."""
     with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
         os.environ |= {
             "AWS_ENDPOINT_URL": endpoint,
@@ -43,7 +43,7 @@ def bucket(num: int, side: int) -> Iterator[str]:
 
 
 def photo(number: int, side: int) -> bytes:
-    """A JPEG file, another crop for every number."""
+    """A JPEG file with a different crop for every number."""
     image = _whole(PHOTOS[number % len(PHOTOS)])
     draw = np.random.default_rng(number)
     top, left = (int(draw.integers(max(1, length - side + 1))) for length in image.shape[:2])

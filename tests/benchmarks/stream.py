@@ -1,9 +1,10 @@
 """Speed of the stream from an S3 store to batches: `python -m tests.benchmarks.stream`.
 
-Three ways to make the same samples, in turn, by the same number of processes on the same cores: bytes already
-in memory, which leaves decoding, crop and degradation; a torch DataLoader that fetches one picture after the
-other; and our stream. The store (Ceph, see tests/ceph.py) and the consumer have the last core. Two ratios
-end the table, of medians over the rounds: stream to memory, stream to DataLoader.
+Three ways to make the same samples take turns, with the same number of processes on the same cores: from
+bytes already in memory, which leaves decoding, crop and degradation; with a torch DataLoader that fetches one
+picture after the other; and with our stream. The store (Ceph, see tests/support/servers/ceph.py) and the
+consumer share the last core. The table ends with two ratios of medians over the rounds: stream to DataLoader,
+stream to memory.
 """
 
 import argparse
@@ -38,13 +39,13 @@ CONFIG = DegradationConfig()
 
 
 def sample(data: bytes, key: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a data task makes of a file."""
+    """The sample that a data task makes from a file."""
     hr_u8 = random_crop(decode(data, name=key), CROP, sample_rng(SEED, epoch, key, "crop"), name=key)
     return hr_u8, degrade(hr_u8, scale=SCALE, config=CONFIG, rng=sample_rng(SEED, epoch, key, "degrade"))
 
 
 def pin(cores: list[int]) -> None:
-    """Keeps this process, and those it starts, on some cores, with one thread for a picture."""
+    """Pins this process and those it starts to some cores, with one thread per picture."""
     os.sched_setaffinity(0, cores)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -52,7 +53,7 @@ def pin(cores: list[int]) -> None:
 
 @dataclass
 class Bucket(Dataset):
-    """As one would write it for a DataLoader: fetch, decode, crop, degrade."""
+    """A typical data set for a DataLoader: fetches, decodes, crops and degrades."""
 
     uri: str
     keys: list[str]
@@ -81,7 +82,7 @@ def rate(batches: Iterator[object], num_warm: int, num_timed: int) -> float:
 
 
 def from_memory(files: dict[str, bytes], cores: list[int], num_timed: int) -> float:
-    """Images/s of processes that have the bytes."""
+    """Images/s of processes that have the bytes in memory."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit Ray's locks, some of them held
     with context.Pool(len(cores), _pin_one, (context.Value("i", 0), cores)) as pool:
         items = [(data, key, 0) for key, data in files.items()]
@@ -142,9 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--photos", type=int, default=400, help="in the bucket; default %(default)s")
-    parser.add_argument("--side", type=int, default=384, help="of a photo in pixels; default %(default)s")
-    parser.add_argument("--images", type=int, default=4000, help="timed in a round; default %(default)s")
+    parser.add_argument("--photos", type=int, default=400, help="photos in the bucket; default %(default)s")
+    parser.add_argument(
+        "--side", type=int, default=384, help="side of a photo in pixels; default %(default)s"
+    )
+    parser.add_argument(
+        "--images", type=int, default=4000, help="images timed per round; default %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     arguments = parser.parse_args()
     *cores, last = sorted(os.sched_getaffinity(0))
@@ -183,7 +188,7 @@ def main() -> None:
 
 
 def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Images/s of every form in every round."""
+    """Images/s of every way in every round."""
     rates: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, form in forms.items():

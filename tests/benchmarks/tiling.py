@@ -1,7 +1,8 @@
-"""Tiled inference: does the cut show, and what does a large picture take? `--help` has the options.
+"""Tiled inference: are the tile borders visible, and what does a large picture cost? See `--help`.
 
-Needs no Ray. With a checkpoint it cuts one 512x512 LR photograph three ways and compares the results, and the
-gradient across tile borders with that of the uncut picture; then it upscales a picture to 8 megapixels.
+Needs no Ray. Given a checkpoint, it tiles a 512x512 LR photograph in three ways, compares the results, and
+compares the gradient across tile borders with that of the untiled picture. Then it upscales a picture to 8
+megapixels.
 """
 
 import argparse
@@ -29,7 +30,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.tiling")
     parser.add_argument(
-        "--checkpoint", type=Path, help="folder of a trained model; else only the large picture"
+        "--checkpoint",
+        type=Path,
+        help="folder of a trained model; without it, only the large picture is measured",
     )
     parser.add_argument("--preset", default="published", choices=list(PRESETS), help="without a checkpoint")
     arguments = parser.parse_args()
@@ -51,7 +54,7 @@ def main() -> None:
 
 
 def compare_cuts(model: ConsistencyModel, sigma_max: float, inference: InferenceConfig) -> None:
-    """Prints how far apart differently cut pictures are, and whether borders have another gradient."""
+    """Prints how much differently tiled pictures differ, and whether tile borders change the gradient."""
     lq_u8 = skimage.data.astronaut()
     side, scale = len(lq_u8), model.config.scale
 
@@ -78,7 +81,7 @@ def compare_cuts(model: ConsistencyModel, sigma_max: float, inference: Inference
 
 
 def gradient(picture: np.ndarray, places: list[int]) -> float:
-    """Mean absolute step into the rows and columns at `places`."""
+    """Mean absolute difference to the previous row or column at `places`."""
     places_before = np.array(places) - 1
     rows = np.abs(picture[places] - picture[places_before]).mean()
     columns = np.abs(picture[:, places] - picture[:, places_before]).mean()
@@ -86,7 +89,7 @@ def gradient(picture: np.ndarray, places: list[int]) -> float:
 
 
 def large_picture(model: ConsistencyModel, sigma_max: float, inference: InferenceConfig) -> None:
-    """Prints the time and memory that 8 megapixels of output take."""
+    """Prints the time and memory for 8 megapixels of output."""
     scale = model.config.scale
     lq_u8 = np.random.default_rng(0).integers(0, 256, (2048 // scale, 4096 // scale, 3), np.uint8)
     started = time.perf_counter()

@@ -1,14 +1,15 @@
 """Step rates of Ray Train, torchrun and one process alone: `python -m tests.benchmarks.train_rate`.
 
-Forms of the same loop take turns: one and two processes of torchrun on a machine without Ray, then two of
+Variants of the same loop take turns: one and two processes of torchrun on a machine without Ray, then two of
 torchrun and two Ray Train workers while a Ray cluster runs there. The loop makes training steps of the
-`small` preset on pictures that are in memory. Every process has the preset's per-worker batch, one thread,
-and a core of its own; rank 0 takes the time between two barriers. Ray Train's form makes one `report` at the
-end of the timed steps; the preset makes one every 120 steps.
+`small` preset on pictures in memory. Every process has the preset's per-worker batch, one thread and a core
+of its own; rank 0 measures the time between two barriers. The Ray Train variant makes one `report` at the end
+of the timed steps; the preset makes one every 120 steps.
 
-Three ratios of medians over the rounds end the table. `efficiency`: images/s of two processes over twice
-those of one, which averages gradients with nobody and has the machine to itself. `servers`: what the servers
-of a cluster leave to torchrun of two cores. `ratio`: steps/s of Ray Train over torchrun's, both beside them.
+The table ends with three ratios of medians over the rounds. `efficiency`: images/s of two processes over
+twice those of one, which exchanges no gradients and has the machine to itself. `servers`: steps/s of torchrun
+beside a cluster's servers over those without them. `ratio`: steps/s of Ray Train over torchrun's, both beside
+a cluster.
 """
 
 import argparse
@@ -45,12 +46,12 @@ from pipelines.infra.cluster import ray_cluster
 from .degradation import crops
 
 NUM_BATCHES = 8
-"""Different ones that a process has in memory."""
+"""Different batches that a process holds in memory."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to run the loop."""
+    """A variant of the loop."""
 
     name: str
     num_workers: int
@@ -61,13 +62,13 @@ class Form:
 def loop(
     parallelize: Callable[[nn.Module], nn.Module], report: Callable[[], None], num_warm: int, num_timed: int
 ) -> float:
-    """What every process runs in every form; steps/s.
+    """The loop that every process runs in every variant; returns steps/s.
 
     Args:
         parallelize: Wraps the network in DDP.
-        report: Called once in the timed part, after its last step.
-        num_warm: Steps before.
-        num_timed: Steps that are timed.
+        report: Called once, after the last timed step.
+        num_warm: Untimed steps before.
+        num_timed: Timed steps.
     """
     rank = torch.distributed.get_rank()
     pin(sorted(os.sched_getaffinity(0))[rank])
@@ -89,19 +90,19 @@ def loop(
 
 
 def pin(core: int) -> None:
-    """Keeps this process on a core: the threads it has, such as gloo's and Ray's, and those it starts."""
+    """Pins this process to a core: its present threads, such as gloo's and Ray's, and later ones."""
     torch.set_num_threads(1)
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), [core])
 
 
 def batch_size(config: RunConfig) -> int:
-    """Images an update on one process, in every form."""
+    """Images per update on one process, in every variant."""
     return config.train.global_batch_size // config.train.num_workers
 
 
 def batches(config: RunConfig, rank: int) -> Iterator[Batch]:
-    """A process's part of some batches, for ever: crops of photographs, degraded as the preset has it."""
+    """A process's part of some batches, repeated endlessly: crops degraded as in the preset."""
     size = batch_size(config)
     num = NUM_BATCHES * size
     samples = range(rank * num, (rank + 1) * num)
@@ -123,7 +124,7 @@ def batches(config: RunConfig, rank: int) -> Iterator[Batch]:
 
 
 def torchrun_process(num_warm: int, num_timed: int) -> None:
-    """A process of torchrun; rank 0 prints its steps/s."""
+    """Runs in a process of torchrun; rank 0 prints its steps/s."""
     torch.distributed.init_process_group("gloo")
 
     def parallelize(network: nn.Module) -> nn.Module:
@@ -137,7 +138,7 @@ def torchrun_process(num_warm: int, num_timed: int) -> None:
 
 
 def ray_worker(steps: Mapping[str, int]) -> float:
-    """A worker of Ray Train."""
+    """Runs in a worker of Ray Train."""
     parallelize = partial(
         ray.train.torch.prepare_model, parallel_strategy_kwargs={"broadcast_buffers": False}
     )
@@ -150,7 +151,7 @@ def torchrun(num_workers: int, num_warm: int, num_timed: int) -> float:
     program = ["-m", "tests.benchmarks.train_rate", "--loop", f"--warm-up={num_warm}", f"--steps={num_timed}"]
     done = subprocess.run(
         [sys.executable, *launcher, *program],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as Ray sets it
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as Ray does
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -173,7 +174,7 @@ def ray_train(num_workers: int, num_warm: int, num_timed: int) -> float:
 
 
 def measure(alone: list[Form], beside_ray: list[Form], num_rounds: int) -> dict[str, list[float]]:
-    """Steps/s of every form in every round; every other round goes through them backwards."""
+    """Steps/s of every variant in every round; every other round goes through them in reverse."""
     rates: dict[str, list[float]] = {form.name: [] for form in alone + beside_ray}
 
     def take_turns(forms: list[Form]) -> None:
@@ -194,10 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=40, help="timed in a round; default %(default)s")
-    parser.add_argument("--warm-up", type=int, default=8, help="steps before them; default %(default)s")
+    parser.add_argument("--steps", type=int, default=40, help="steps timed per round; default %(default)s")
+    parser.add_argument(
+        "--warm-up", type=int, default=8, help="untimed steps before them; default %(default)s"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--loop", action="store_true", help="be a process of torchrun; used by this command")
+    parser.add_argument("--loop", action="store_true", help="run as a process of torchrun; for internal use")
     arguments = parser.parse_args()
     steps = {"num_warm": arguments.warm_up, "num_timed": arguments.steps}
     if arguments.loop:

@@ -1,10 +1,10 @@
 """Speed of `pipelines.upscale` over many pictures: `python -m tests.benchmarks.upscale`.
 
-The bare loop has decoded pictures in memory, does nothing but call the registered model, and uses all cores.
-The second form also decodes and encodes, as any loop over files must. The third is the command's own code
-through Ray Data, from a folder of JPEG files to a folder of PNG files, on the same cores. They take turns;
-the start of Ray and of its workers is not counted. The network is the `small` preset's, untrained. The ratio
-that ends the table is of medians over the rounds: upscale to the bare loop.
+The bare loop has decoded pictures in memory, only calls the registered model, and uses all cores. The second
+variant also decodes and encodes, as any loop over files must. The third is the command's own code on Ray
+Data, from a folder of JPEG files to a folder of PNG files, on the same cores. They take turns; the start of
+Ray and of its workers is not counted. The network is the `small` preset's, untrained. The table ends with the
+ratio of medians over the rounds: upscale to the bare loop.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from pipelines.upscale.upscaler import Settings, encode
 from .store import photo
 
 WARM = 20
-"""Pictures of a form before the clock starts."""
+"""Untimed pictures of each variant."""
 
 
 def released(folder: Path) -> Version:
@@ -73,7 +73,7 @@ def loop_over_files(model: Upscale, files: list[Path], out: Path) -> float:
 
 
 def timed(calls: list[Callable[[], object]]) -> float:
-    """Calls a second, after the first ones."""
+    """Calls per second, after the untimed ones."""
     for call in calls[:WARM]:
         call()
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--photos", type=int, default=200, help="default %(default)s")
-    parser.add_argument("--side", type=int, default=96, help="of a photo in pixels; default %(default)s")
+    parser.add_argument("--side", type=int, default=96, help="side of a photo in pixels; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Images/s of every form in every round."""
+    """Images/s of every variant in every round."""
     rates: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(rounds):
         for name, form in forms.items():

@@ -113,7 +113,8 @@ def test_pairs_that_do_not_match_are_refused(testsets: Path) -> None:
 
 
 def test_the_sheet_shows_the_same_place_of_every_row(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (PHOTO_PX, PHOTO_PX, 3), np.uint8)
+    coarse = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((PHOTO_PX, PHOTO_PX)))
     shown = [Sample(key, pixels, pixels[::4, ::4]) for key in SHEET]
     write_strip(tmp_path / "quality-b.jpg", strip([(s, Made(pixels, 0, 0)) for s in shown]))
     found = decode(sheet(tmp_path, ["a", "b"], shown).read_bytes(), name="sheet")
@@ -121,6 +122,8 @@ def test_the_sheet_shows_the_same_place_of_every_row(tmp_path: Path) -> None:
     assert found.shape == (LABEL_PX + len(SHEET) * side, 3 * side, 3)  # no strip of "a"
     top, left = SHEET[shown[1].key]
     hr_u8 = found[LABEL_PX + side : LABEL_PX + 2 * side, 2 * side :][::ZOOM, ::ZOOM]
-    np.testing.assert_array_equal(hr_u8, pixels[top : top + CROP_PX, left : left + CROP_PX])
+    expected = pixels[top : top + CROP_PX, left : left + CROP_PX].astype(float)
     of_row, of_hr = (found[LABEL_PX:, k * side : (k + 1) * side].astype(float) for k in (1, 2))
-    assert np.abs(of_row - of_hr).mean() < 12  # JPEG on noise; another place differs by 85
+    # JPEG's error is about 2; another place would differ by 70
+    assert np.abs(hr_u8 - expected).mean() < 5
+    assert np.abs(of_row - of_hr).mean() < 5

@@ -39,7 +39,7 @@ _PLACES = ("storage_uri", "tracking_uri", "experiment", "model_name", "data.", "
 
 RUN = Identity(
     free=(*_PLACES, "tune.", "inference."),
-    fixed=("train.global_batch_size", "train.precision", "inference.noise_version"),
+    fixed=("train.global_batch_size", "train.precision", "data.random_flip", "inference.noise_version"),
 )
 """The identity of a training run."""
 
@@ -48,5 +48,11 @@ def search_identity(free: Sequence[str]) -> Identity:
     """The identity of a search whose method lets the keys in `free` change without affecting its trials."""
     return Identity(
         free=(*_PLACES, *free),
-        fixed=("train.global_batch_size", "train.precision", "data.eval_crop_size", "data.eval_draws"),
+        fixed=(
+            "train.global_batch_size",
+            "train.precision",
+            "data.random_flip",
+            "data.eval_crop_size",
+            "data.eval_draws",
+        ),
     )

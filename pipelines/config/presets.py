@@ -39,7 +39,7 @@ def small() -> RunConfig:
     the ablation in tests/benchmarks/RESULTS.md.
     """
     return RunConfig(
-        data=DataConfig(eval_draws=4),
+        data=DataConfig(random_flip=True, eval_draws=4),
         degradation=_photo_degradation(),
         network=NetworkConfig(
             lq_size=32,

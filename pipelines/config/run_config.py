@@ -31,6 +31,8 @@ class DataConfig:
     """Held-out pictures for the final evaluation, never used to choose anything; empty for no references."""
     test_lq_uri: str = ""
     """LR pictures to evaluate on, uncropped, instead of degrading data.test_uri; pairs share a key."""
+    random_flip: bool = False
+    """Mirror half of the training crops left to right; the published run does not."""
     eval_crop_size: int = 256
     """Side of the central crop of a held-out picture to evaluate, in HR pixels; a multiple of the scale."""
     eval_draws: int = 1
@@ -190,7 +192,7 @@ class RegisterConfig:
     """Minimum gain in register.metric over the champion; a larger one ignores noise, 0 accepts any gain."""
     guard: Literal["lpips", "psnr_y", "ssim_y"] = "psnr_y"
     """Score that must not get much worse."""
-    guard_margin: float = 0.2
+    guard_margin: float = 0.5
     """Maximum loss in register.guard against the champion and bicubic, in its unit, such as dB for psnr_y."""
     licence: str = "Apache-2.0"
     """Licence of the released weights, for the model card; their Python code is under Apache-2.0."""

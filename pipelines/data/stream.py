@@ -20,7 +20,7 @@ import ray.train
 
 from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import DataError
-from ctmsr.image import center_crop, decode, paired_crop, random_crop
+from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
 from ctmsr.rng import sample_rng
 
 from ..infra.ray_data import configured, in_order
@@ -51,6 +51,8 @@ class _SampleSpec:
     seed: int
     is_centered: bool
     """Whether crops come from the centre instead of a random position."""
+    flips: bool = False
+    """Whether half of the crops are mirrored."""
 
 
 def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
@@ -92,6 +94,7 @@ def train_stream(
     total: int,
     global_batch_size: int,
     num_workers: int,
+    flips: bool = False,
 ) -> ray.data.Dataset:
     """Samples `skip` to `total` of an endless sequence, to be split among `num_workers` with equal=True.
 
@@ -114,6 +117,7 @@ def train_stream(
         total: Samples in the whole run; an incomplete last batch is dropped.
         global_batch_size: Samples per update, over all workers.
         num_workers: Number of consumers; it changes how samples are grouped, not which ones come.
+        flips: Whether half of the crops are mirrored left to right; the seed decides which.
 
     Returns:
         Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
@@ -123,7 +127,8 @@ def train_stream(
     """
     order = SampleOrder(pictures, seed, skip, total, global_batch_size, num_workers)
     blocks = ray.data.read_datasource(order, override_num_blocks=max(1, len(order.get_read_tasks(1))))
-    spec = _SampleSpec(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, seed, False)
+    places = pictures.folder, pictures.lq_folder
+    spec = _SampleSpec(*places, hr_crop_size, scale, degradation, seed, is_centered=False, flips=flips)
     return configured(blocks.map_batches(partial(_train_rows, spec=spec), batch_size=None))
 
 
@@ -239,21 +244,22 @@ def _fill(
     made["file_bytes"][where[0]] = sum(len(file) for _, file in files)
     size, name = spec.hr_crop_size, files[0][0]
     try:
+        crops: tuple[np.ndarray, ...]
         hr_u8, *lq_u8 = (decode(file, name=path) for path, file in files)
         for row in where:
             draw = partial(sample_rng, spec.seed, int(epochs[row]), key)
             if lq_u8:
                 rng = None if spec.is_centered else draw("crop")
-                made["hr"][row], made["lq"][row] = paired_crop(
-                    hr_u8, lq_u8[0], size, scale=spec.scale, rng=rng, name=name
-                )
-                continue
-            if spec.is_centered:
-                made["hr"][row] = center_crop(hr_u8, size, name=name)
+                crops = paired_crop(hr_u8, lq_u8[0], size, scale=spec.scale, rng=rng, name=name)
+            elif spec.is_centered:
+                crops = (center_crop(hr_u8, size, name=name),)
             else:
-                made["hr"][row] = random_crop(hr_u8, size, draw("crop"), name=name)
-            made["lq"][row] = degrade(
-                made["hr"][row], scale=spec.scale, config=spec.degradation, rng=draw("degrade")
+                crops = (random_crop(hr_u8, size, draw("crop"), name=name),)
+            made["hr"][row], *lq = random_flip(*crops, rng=draw("flip")) if spec.flips else crops
+            made["lq"][row] = (
+                lq[0]
+                if lq
+                else degrade(made["hr"][row], scale=spec.scale, config=spec.degradation, rng=draw("degrade"))
             )
     except DataError as error:
         made["problem"][where] = str(error)

@@ -34,7 +34,9 @@ def demo_config(output: Path, overrides: list[str]) -> RunConfig:
     places = {
         "name": "fine-tuned",
         "init_uri": STARTER,
-        "optim.lr": 1e-4,
+        "optim.lr": 2e-5,
+        "optim.ct_steps": 120,
+        "optim.lr_halve_at": 80,
         "storage_uri": f"s3://{BUCKET}/runs",
         "tracking_uri": f"sqlite:///{output}/mlflow.db",
         **{f"data.{part}_uri": f"s3://{BUCKET}/photos/{part}" for part in PHOTOS},

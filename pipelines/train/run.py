@@ -166,6 +166,7 @@ def build_trainer(
             skip=steps_done(config) * size,
             total=config.optim.total_steps * size,
             global_batch_size=size,
+            flips=config.data.random_flip,
         )
 
     def held_out() -> ray.data.Dataset:

@@ -110,6 +110,17 @@ def test_another_seed_gives_other_samples(
     assert all(other[number] != alone[number] for number in other)
 
 
+def test_half_of_the_crops_are_mirrored_where_asked(
+    alone: dict[int, tuple[str, bytes, bytes]], pictures: Pictures
+) -> None:
+    rows = batches(stream(pictures, total=12 * BATCH, flips=True))
+    hr_u8 = {int(number): hr for part in rows for number, hr in zip(part["sample"], part["hr"], strict=True)}
+    plain = {number: np.frombuffer(hr, np.uint8).reshape(64, 64, 3) for number, (_, hr, _) in alone.items()}
+    mirrored = {number for number, hr in hr_u8.items() if not np.array_equal(hr, plain[number])}
+    assert all(np.array_equal(hr_u8[number][:, ::-1], plain[number]) for number in mirrored)
+    assert 0.25 < len(mirrored) / len(alone) < 0.75
+
+
 def test_a_stream_without_end_is_never_made_as_a_whole(pictures: Pictures) -> None:
     endless = stream(pictures, total=10**12)
     first = next(iter(endless.iter_batches(batch_size=BATCH, batch_format="numpy")))

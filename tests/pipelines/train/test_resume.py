@@ -144,7 +144,7 @@ def test_a_run_starts_over_when_told_to(bucket: str, tmp_path: Path) -> None:
     assert inputs.train.version == check_inputs(other).train.version
 
 
-@pytest.mark.parametrize("is_converted", [False, True])
+@pytest.mark.parametrize("is_converted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
     trained: Trained, tmp_path: Path, is_converted: bool
 ) -> None:

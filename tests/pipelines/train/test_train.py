@@ -1,11 +1,10 @@
 """Training on Ray: what a run leaves behind, and how it ends, goes on and fails."""
 
-import os
 import re
-import signal
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from tests.conftest import S3
 from tests.support.runs import (
     TOTAL_STEPS,
     Trained,
-    changed,
     files_of,
     kill_a_worker,
     run_config,
@@ -74,32 +72,6 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
     assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
 
 
-def test_ray_exports_how_a_run_goes(trained: Trained) -> None:
-    """What Prometheus would collect from the node while a run is under way."""
-    name, seen = "gauged", dict[str, float]()
-    config = changed(trained.config, f"name={name}", "optim.ct_steps=2000", "train.num_workers=1")
-    (node,) = ray.nodes()
-    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    line = re.compile(rf'ray_ctmsr_(\w+){{[^}}]*run="{name}"[^}}]*}} (\S+)')
-
-    def stop_when_seen() -> None:
-        ended = time.monotonic() + 90
-        while time.monotonic() < ended and not {"loss", "images_per_s", "val_lpips"} <= seen.keys():
-            time.sleep(0.5)
-            with urllib.request.urlopen(page, timeout=10) as answer:
-                seen.update((key, float(value)) for key, value in line.findall(answer.read().decode()))
-        os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C, long before the last step
-
-    watch = threading.Thread(target=stop_when_seen)
-    watch.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_to_end(config)
-    watch.join()
-    assert seen["images_per_s"] > 0
-    assert 0 <= seen["data_wait"] <= 1
-    assert {"loss", "lr", "num_workers", "val_lpips"} <= seen.keys()
-
-
 def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:
     address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
     tasks = list_tasks(address, limit=1000, filters=[("state", "=", "FINISHED")], detail=False)
@@ -125,7 +97,7 @@ def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest
     assert own == pytest.approx(trained.outcome.metrics, abs=1e-4)
 
 
-@pytest.mark.parametrize("scale", [2, 3])
+@pytest.mark.parametrize("scale", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_other_scales_train_evaluate_and_upscale(
     ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
 ) -> None:
@@ -176,9 +148,23 @@ def test_register_releases_the_bytes_of_the_checkpoint(
     assert np.array_equal(released.predict(lq_u8, params={"seed": 5}), sr_u8[None])
 
 
-def test_a_run_that_lost_a_worker_ends_with_the_same_weights(trained: Trained, bucket: str) -> None:
+def gauges_of(name: str, ended: threading.Event) -> dict[str, float]:
+    """What Prometheus would collect of a run from the node while it is under way."""
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    line = re.compile(rf'ray_ctmsr_(\w+){{[^}}]*run="{name}"[^}}]*}} (\S+)')
+    seen = dict[str, float]()
+    while not ended.wait(0.5):
+        with urllib.request.urlopen(page, timeout=10) as answer:
+            seen.update((key, float(value)) for key, value in line.findall(answer.read().decode()))
+    return seen
+
+
+def test_a_run_that_lost_a_worker_ends_with_the_same_weights_and_shows_in_ray_s_metrics(
+    trained: Trained,
+) -> None:
     config = replace(trained.config, name="interrupted", train=replace(trained.config.train, max_failures=1))
-    inputs = check_inputs(config)
+    inputs, ended = check_inputs(config), threading.Event()
 
     def kill_after_a_checkpoint() -> None:
         deadline = time.monotonic() + 100
@@ -186,15 +172,21 @@ def test_a_run_that_lost_a_worker_ends_with_the_same_weights(trained: Trained, b
             time.sleep(0.05)
         kill_a_worker()
 
-    killer = threading.Thread(target=kill_after_a_checkpoint)
-    killer.start()
-    outcome = run_to_end(config, inputs)
-    killer.join()
+    with ThreadPoolExecutor(2) as threads:
+        threads.submit(kill_after_a_checkpoint)
+        gauges = threads.submit(gauges_of, config.name, ended)
+        try:
+            outcome = run_to_end(config, inputs)
+        finally:
+            ended.set()
     steps = steps_of(connect(inputs.tracking_uri), run_named("interrupted", config), "loss")
     assert steps[0] == 4
     assert 4 not in steps[1:]  # it did not start over
     assert steps[-1] == TOTAL_STEPS
     assert files_of(outcome.checkpoint_uri) == files_of(trained.outcome.checkpoint_uri)
+    assert gauges.result()["images_per_s"] > 0
+    assert 0 <= gauges.result()["data_wait"] <= 1
+    assert {"loss", "lr", "num_workers", "val_lpips"} <= gauges.result().keys()
 
 
 def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_allowed(

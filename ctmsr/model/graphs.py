@@ -50,9 +50,7 @@ class _Replayed:
             if shapes not in self._recordings:
                 if shapes not in self._seen or len(self._recordings) == _MAX_SHAPES:
                     self._seen.add(shapes)
-                    return self._call(
-                        *inputs
-                    )  # loads kernels and lets cuDNN choose algorithms, which a graph must not do
+                    return self._call(*inputs)
                 self._recordings[shapes] = _Recording(self._call, inputs, self._pool)
             return self._recordings[shapes].replay(inputs)
 
@@ -62,8 +60,11 @@ class _Recording:
 
     def __init__(self, call: Call, inputs: tuple[Tensor, ...], pool: Any) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(*self._inputs)  # creates this thread's handles of cuBLAS and cuDNN, which a graph must not
+        with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
             self._output = call(*self._inputs)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import check
 from ..image import to_tensor, to_u8, upsample
-from .device import use_fast_math
+from .device import keep_freed_memory, use_fast_math
 from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise
 
@@ -50,10 +50,12 @@ def for_inference(
     """The model in eval mode on `device`, in the fastest form for `upscale`.
 
     On a GPU, its memory format is channels last, its weights have `config.precision`, and this process
-    multiplies float32 matrices in TF32. On other devices it is the model itself.
+    multiplies float32 matrices in TF32. On other devices it is the model itself, and this process keeps the
+    memory that it frees: see `keep_freed_memory`.
     """
     model = model.eval().to(device)
     if torch.device(device).type != "cuda":
+        keep_freed_memory()
         return model
     use_fast_math()
     model = bf16_copy(model) if config.precision == "bf16" else model

@@ -51,7 +51,7 @@ def small() -> RunConfig:
             dropout=0.0,
         ),
         # Coarse structures keep the input's colour: only detail is invented.
-        inference=InferenceConfig(colour_hold_px=4.0),
+        inference=InferenceConfig(tile=288, colour_hold_px=3.0),
         # LPIPS-vgg takes four fifths of a step on a CPU, so it sees only a quarter of each picture.
         loss=LossConfig(hr_target_until=1.0, lpips_crop=0.5),
         optim=OptimConfig(

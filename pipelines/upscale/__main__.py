@@ -1,4 +1,4 @@
-"""Upscale pictures with a registered model: `python -m pipelines.upscale photo.jpg --output upscaled`.
+"""Upscale pictures with a registered model: `python -m pipelines.upscale photo.jpg`.
 
 Up to 16 pictures are upscaled in this process, without a cluster. More go through Ray, with a worker on every
 GPU or, if there are none, on every core.
@@ -14,7 +14,7 @@ from ..infra.invocation import command_parser
 EXAMPLES = """\
 examples:
   one photo, with the champion of the registry, or the starter model if there is none yet:
-    python -m pipelines.upscale photo.jpg --output upscaled
+    python -m pipelines.upscale photo.jpg
   a bucket of any size, with version 3 of the model from a team's server; RAY_ADDRESS names a cluster:
     python -m pipelines.upscale s3://bucket/small --output s3://bucket/large \\
         --model models:/ctmsr-x4/3 --tracking-uri http://mlflow:5000
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs", nargs="+", metavar="INPUT", help="picture, or folder of pictures; path or URI"
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="path or URI; created if it does not exist"
+        "--output", default=".", metavar="FOLDER", help="path or URI; default: the current folder"
     )
     add_model_options(parser)
     parser.add_argument(

@@ -23,7 +23,7 @@ from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.infra.checkpoints import complete, fetched, find
 from pipelines.infra.progress import progress_line
-from pipelines.infra.storage import delete_folder, list_sizes, open_uri, read_bytes, write_bytes
+from pipelines.infra.storage import list_sizes, open_uri, read_bytes, write_bytes
 from pipelines.tracking.runs import connect
 from pipelines.tune.run import Search, check_search, search
 from pipelines.tune.verdict import chosen
@@ -181,22 +181,59 @@ def test_the_same_command_again_trains_nothing(searched: Searched) -> None:
 
 
 @pytest.fixture(scope="module")
-def short(places: list[str]) -> Searched:
-    """A search of one trial. All that could follow begin with less noise, and are better so early."""
-    settings = ["name=growing", "tune.num_trials=1", "tune.method=tpe", "tune.sigma_max=[0.01, 0.05]"]
-    return search_to_end(config_of(places, *settings))
+def short(searched: Searched, places: list[str]) -> Searched:
+    """Another search of one trial, which starts over in the folder of `searched`, whose tests stand above.
+
+    All trials that could follow begin with less noise, and are better so early.
+    """
+    settings = ["tune.num_trials=1", "tune.method=tpe", "tune.sigma_max=[0.01, 0.05]"]
+    config = config_of(places, *settings)
+    with pytest.raises(ConfigError, match=r"tiny-tune holds another search \(data.eval_draws: 2 -> 1, "):
+        check_search(config)
+    return search_to_end(config, fresh=True)
 
 
 @pytest.fixture(scope="module")
-def longer(short: Searched) -> Searched:
-    """The same search, then told to make one more."""
-    return search_to_end(replace(short.config, tune=replace(short.config.tune, num_trials=2)))
+def failed(short: Searched, s3: S3, photos: dict[str, bytes]) -> Searched:
+    """The same search with one more trial, which fails: a picture is damaged after the check."""
+    config = replace(short.config, tune=replace(short.config.tune, num_trials=2))
+    inputs = check_search(config)
+    s3.client.put_object(Bucket="tuning", Key="photos/coffee.png", Body=photos["coffee.png"][:2000])
+    with progress_line() as progress:
+        found = search(config, inputs, progress)
+    s3.client.put_object(Bucket="tuning", Key="photos/coffee.png", Body=photos["coffee.png"])
+    return Searched(config, found, *runs_of(config))
+
+
+@pytest.fixture(scope="module")
+def longer(failed: Searched) -> Searched:
+    """The same search once the picture is whole again."""
+    return search_to_end(failed.config)
+
+
+def test_fresh_starts_over(searched: Searched, short: Searched) -> None:
+    assert short.parent.info.run_id != searched.parent.info.run_id
+    assert [run.info.run_name for run in short.children] == ["trial-000"]
+    assert short.children[0].info.run_id not in {run.info.run_id for run in searched.children}
+    stored = {str(path).partition("/")[0] for path in list_sizes("s3://tuning/runs/tiny-tune")}
+    assert {name for name in stored if name.startswith("trial-")} == {"trial-000"}
+
+
+def test_a_trial_that_fails_does_not_end_the_search_and_is_tried_again(
+    short: Searched, failed: Searched, longer: Searched
+) -> None:
+    assert failed.found.trials == short.found.trials
+    assert "trial-001 failed: " in failed.found.report
+    assert "DataError: tuning/photos/coffee.png is not a readable picture" in failed.found.report
+    assert {run.info.run_name: run.info.status for run in failed.children}["trial-001"] == "FAILED"
+    assert len(longer.found.trials) == 2
+    assert "failed" not in longer.found.report
 
 
 def test_one_more_trial_trains_only_that(short: Searched, longer: Searched) -> None:
     assert [one for one in longer.found.trials if one.trial.number == 0] == short.found.trials
     assert {run.info.run_id for run in short.children} < {run.info.run_id for run in longer.children}
-    assert len(longer.children) == len(longer.found.trials) == 2
+    assert len(longer.found.trials) == 2
     assert longer.parent.info.run_id == short.parent.info.run_id
 
 
@@ -210,35 +247,6 @@ def test_a_schedule_that_is_better_over_the_pictures_is_the_best_config(
     assert told.startswith("against the run's own schedule: LPIPS -0.")
     assert told.endswith(f"over {len(PHOTOS)} pictures (95%): better. best.json holds trial-001.")
     assert other.score.lpips < own.score.lpips
-
-
-def test_a_trial_that_fails_does_not_end_the_search_and_is_tried_again(longer: Searched, s3: S3) -> None:
-    folder = "s3://tuning/runs/growing-tune/trial-001"
-    last, first = complete(folder)
-    delete_folder(last.uri)
-    key = f"{first.uri}/{checkpoint.MODEL_FILE}".removeprefix("s3://tuning/")
-    size = s3.client.head_object(Bucket="tuning", Key=key)["ContentLength"]
-    s3.client.put_object(Bucket="tuning", Key=key, Body=bytes(size))  # damaged, as only its checksum tells
-    failed = search_to_end(longer.config)
-    assert [one.trial.number for one in failed.found.trials] == [0]
-    assert "trial-001 failed: " in failed.found.report
-    assert f"{first.uri} is damaged" in failed.found.report
-    assert {run.info.run_name: run.info.status for run in failed.children}["trial-001"] == "FAILED"
-    delete_folder(folder)
-    assert search_to_end(longer.config).found == longer.found
-
-
-def test_another_search_of_the_same_name_is_refused_and_fresh_starts_over(short: Searched) -> None:
-    changed = replace(short.config, seed=1, tune=replace(short.config.tune, ct_steps=1))
-    with pytest.raises(
-        ConfigError, match=r"growing-tune holds another search \(seed: 0 -> 1, tune.ct_steps: 2 -> 1\)"
-    ):
-        check_search(changed)
-    fresh = search_to_end(changed, fresh=True)
-    assert fresh.parent.info.run_id != short.parent.info.run_id
-    assert [run.info.run_name for run in fresh.children] == ["trial-000"]
-    assert fresh.children[0].info.run_id != short.children[0].info.run_id
-    assert {one.step for one in complete("s3://tuning/runs/growing-tune/trial-000")} == {1}
 
 
 @pytest.mark.slow

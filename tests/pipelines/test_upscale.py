@@ -212,6 +212,7 @@ def many(store: Store) -> str:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("store", ["s3", pytest.param("local", marks=pytest.mark.slow)], indirect=True)
 def test_many_pictures_go_through_ray(
     many: str, registry: list[str], model: ConsistencyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +238,7 @@ def test_many_pictures_go_through_ray(
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_a_place_that_takes_no_pictures_stops_many_of_them(
     registry: list[str], tmp_path: Path, many: str
 ) -> None:

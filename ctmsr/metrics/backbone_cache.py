@@ -19,14 +19,15 @@ BACKBONE_SHA256: dict[BackboneName, str] = {
 """SHA-256 of the converted files: torchvision's `features.N.{weight,bias}`, float32, without metadata."""
 
 
-def backbone_path(net: BackboneName) -> Path:
-    """Where the converted backbone belongs, whether or not it is there yet.
-
-    The cache is `$CTMSR_CACHE`, else `$XDG_CACHE_HOME/ctmsr`, else `~/.cache/ctmsr`.
-    """
+def cache_folder() -> Path:
+    """`$CTMSR_CACHE`, else `$XDG_CACHE_HOME/ctmsr`, else `~/.cache/ctmsr`."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = os.environ.get("CTMSR_CACHE") or Path(caches) / "ctmsr"
-    return Path(cache) / "lpips" / f"{net}.safetensors"
+    return Path(os.environ.get("CTMSR_CACHE") or Path(caches) / "ctmsr")
+
+
+def backbone_path(net: BackboneName) -> Path:
+    """Where the converted backbone belongs in the cache, whether or not it is there yet."""
+    return cache_folder() / "lpips" / f"{net}.safetensors"
 
 
 def verified_backbone(net: BackboneName) -> Path:

@@ -8,7 +8,7 @@ from ctmsr.config import flatten, to_dict
 
 from .run_config import RunConfig
 
-_BEFORE = {"inference.noise_version": 1}
+_BEFORE = {"inference.noise_version": 1, "data.order_version": 1}
 """Settings whose default differs from what configs without them meant."""
 
 
@@ -39,7 +39,13 @@ _PLACES = ("storage_uri", "tracking_uri", "experiment", "model_name", "data.", "
 
 RUN = Identity(
     free=(*_PLACES, "tune.", "inference."),
-    fixed=("train.global_batch_size", "train.precision", "data.random_flip", "inference.noise_version"),
+    fixed=(
+        "train.global_batch_size",
+        "train.precision",
+        "data.order_version",
+        "data.random_flip",
+        "inference.noise_version",
+    ),
 )
 """The identity of a training run."""
 
@@ -51,6 +57,7 @@ def search_identity(free: Sequence[str]) -> Identity:
         fixed=(
             "train.global_batch_size",
             "train.precision",
+            "data.order_version",
             "data.random_flip",
             "data.eval_crop_size",
             "data.eval_draws",

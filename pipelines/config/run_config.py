@@ -15,6 +15,8 @@ from ctmsr.training.step import Recipe
 
 from .defaults import MODEL_NAME, TRACKING_URI
 
+OrderVersion = Literal[1, 2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -31,6 +33,8 @@ class DataConfig:
     """Held-out pictures for the final evaluation, never used to choose anything; empty for no references."""
     test_lq_uri: str = ""
     """LR pictures to evaluate on, uncropped, instead of degrading data.test_uri; pairs share a key."""
+    order_version: OrderVersion = 2
+    """Order of the training pictures; 1 is that of runs begun before there was a choice."""
     random_flip: bool = False
     """Mirror half of the training crops left to right; the published run does not."""
     eval_crop_size: int = 256

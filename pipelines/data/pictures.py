@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ctmsr.errors import DataError
 
 from ..infra.listing import list_images
 from ..infra.storage import open_uri, read_bytes
+from .keys import IndexKeys, Keys, ListedKeys
 
 INDEX_SUFFIX = ".index"
 SUMMARY_FILE = "summary.json"
@@ -19,20 +19,18 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of pictures in storage, in order of key. Arrow arrays scale to a hundred million names."""
+    """A set of pictures in storage, in order of key."""
 
     uri: str
     """As given by the user."""
-    keys: pa.Array
-    """Paths below `folder`; they identify the pictures."""
+    keys: Keys
+    """Paths below `folder`, which identify the pictures; for pairs, those below `lq_folder`, too."""
     folder: str
     """URI of the folder that contains them."""
     version: str
     """Hash of the set: of keys and sizes for a folder, of keys and contents for an index."""
     lq_folder: str = ""
     """URI of the folder of LR pictures; empty if LR is made by degradation."""
-    lq_keys: pa.Array | None = None
-    """Paths below `lq_folder`, in the order of `keys`."""
     scale: int | None = None
     """HR/LQ ratio of the LR pictures, if there are any."""
 
@@ -54,8 +52,8 @@ def find_pictures(uri: str) -> Pictures:
     if refs[0].path == path:  # the URI of a single picture
         folder = folder.removesuffix(refs[0].key)
     version = _hash([f"{ref.key} {ref.size}" for ref in refs])
-    keys = pa.array([ref.key for ref in refs], pa.large_string())
-    return Pictures(uri, keys, folder.rstrip("/"), version)
+    keys = pa.table({"key": pa.array([ref.key for ref in refs], pa.large_string())})
+    return Pictures(uri, ListedKeys(keys), folder.rstrip("/"), version)
 
 
 def _read_index(uri: str) -> Pictures:
@@ -70,18 +68,13 @@ def _read_index(uri: str) -> Pictures:
             f"{uri} is not an index, or its scan did not finish: it has no {SUMMARY_FILE}. "
             f"Run `python -m pipelines.index FOLDER --out {uri}`."
         ) from error
-    file = read_bytes(file_system, f"{root}/index-{summary['version']}.parquet")
-    names = ["key", "lq_key"] if summary["lq_uri"] else ["key"]
-    table = pq.read_table(pa.BufferReader(file), columns=names)
-    # With 32-bit offsets a chunk holds at most 2 GiB of text, and the rest would stay in further chunks.
-    columns = [table[name].cast(pa.large_string()).combine_chunks() for name in names]
+    names = ("key", "lq_key") if summary["lq_uri"] else ("key",)
     return Pictures(
         uri,
-        columns[0],
+        IndexKeys(uri, summary["version"], names, summary["pictures"]),
         summary["uri"],
         summary["version"],
         lq_folder=summary["lq_uri"],
-        lq_keys=columns[1] if summary["lq_uri"] else None,
         scale=summary["scale"],
     )
 

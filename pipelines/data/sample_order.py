@@ -8,8 +8,9 @@ import pyarrow as pa
 from ray.data import DataContext, Datasource, RandomSeedConfig, ReadTask
 from ray.data.block import BlockMetadata
 
-from ctmsr.rng import permutation
+from ctmsr.rng import permutation, permuted
 
+from ..config.run_config import OrderVersion
 from .pictures import Pictures
 
 _MIN_BLOCK_ROWS = 160
@@ -18,6 +19,8 @@ those of 80."""
 _ROUND_BLOCKS = 32
 """Blocks per worker in one execution of the stream. Ray Data may run ahead by all of them, and plans them, at
 3 ms each, before the first one runs."""
+_ROW_BYTES = 100
+"""Estimate, for Ray Data's budget of memory: two numbers and a key."""
 NO_SAMPLE = -1
 
 
@@ -32,14 +35,25 @@ class SampleOrder(Datasource):
     Every execution of the dataset yields the next round of blocks. Ray Train's shards cannot switch to a new
     dataset each round, and Ray Data would plan the blocks of all rounds up front.
 
-    A row carries the key of its picture, so that the full list exists only once, in this object.
+    A row carries the key of its picture. The keys of an index are looked up by the tasks: this object holds
+    numbers only, and its memory does not depend on how many pictures there are.
+
+    Version 2 of the order computes the picture of a sample; version 1, for runs that began with it, draws a
+    permutation of all pictures.
     """
 
     def __init__(
-        self, pictures: Pictures, seed: int, skip: int, total: int, global_batch_size: int, num_workers: int
+        self,
+        pictures: Pictures,
+        seed: int,
+        skip: int,
+        total: int,
+        global_batch_size: int,
+        num_workers: int,
+        version: OrderVersion = 2,
     ) -> None:
         super().__init__()
-        self._pictures, self._seed = pictures, seed
+        self._pictures, self._seed, self._version = pictures, seed, version
         self._skip = skip
         self._num_steps = max(0, total - skip) // global_batch_size
         self._global_batch_size = global_batch_size
@@ -73,14 +87,17 @@ class SampleOrder(Datasource):
         num_pictures = len(self._pictures)
         epochs, positions = np.divmod(samples, num_pictures)
         picture = np.zeros_like(samples)  # empty rows, whose epoch is -1, keep picture 0
-        for epoch in np.unique(epochs[samples != NO_SAMPLE]):
-            order = _order(self._seed, int(epoch), num_pictures)
-            picture[epochs == epoch] = order[positions[epochs == epoch]]
-        block = sample_table(self._pictures, samples, epochs, picture)
+        for epoch in np.unique(epochs[samples != NO_SAMPLE]).tolist():
+            where = epochs == epoch
+            if self._version == 1:
+                picture[where] = _order(self._seed, epoch, num_pictures)[positions[where]]
+            else:
+                picture[where] = permuted(self._seed, epoch, num_pictures, positions[where])
+        take = self._pictures.keys.taker(picture)
         metadata = BlockMetadata(
-            num_rows=block.num_rows, size_bytes=block.nbytes, exec_stats=None, input_files=None
+            num_rows=len(samples), size_bytes=_ROW_BYTES * len(samples), exec_stats=None, input_files=None
         )
-        return ReadTask(lambda: [block], metadata)
+        return ReadTask(lambda: [sample_table(samples, epochs, take())], metadata)
 
 
 def _num_executions(context: DataContext | None) -> int:
@@ -92,14 +109,9 @@ def _num_executions(context: DataContext | None) -> int:
     return (seed.execution_idx or 0) if seed else 0
 
 
-def sample_table(
-    pictures: Pictures, samples: np.ndarray, epochs: np.ndarray, picture: np.ndarray
-) -> pa.Table:
+def sample_table(samples: np.ndarray, epochs: np.ndarray, keys: pa.Table) -> pa.Table:
     """One row per sample: "sample", "epoch", the "key" of its picture and, for pairs, "lq_key"."""
-    columns = {"sample": samples, "epoch": epochs, "key": pictures.keys.take(pa.array(picture))}
-    if pictures.lq_keys is not None:
-        columns["lq_key"] = pictures.lq_keys.take(pa.array(picture))
-    return pa.table(columns)
+    return keys.append_column("sample", pa.array(samples)).append_column("epoch", pa.array(epochs))
 
 
 _order = lru_cache(maxsize=2)(permutation)

@@ -26,7 +26,7 @@ from ctmsr.rng import sample_rng
 from ..infra.ray_data import configured, in_order
 from ..infra.storage import open_uri, read_bytes
 from .pictures import Pictures
-from .sample_order import NO_SAMPLE, SampleOrder, sample_table
+from .sample_order import NO_SAMPLE, OrderVersion, SampleOrder, sample_table
 
 _VAL_BLOCK_ROWS = 8
 _VAL_SEED = 0
@@ -61,13 +61,13 @@ def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
     Raises:
         DataError: At least one of them cannot be read or is too small for a crop; the message says how many.
     """
-    checked = np.arange(len(pictures))
-    if len(checked) > 2 * _CHECKED_PICTURES:
-        checked = np.linspace(0, len(checked) - 1, _CHECKED_PICTURES).astype(int)
+    num_checked = len(pictures) if len(pictures) <= 2 * _CHECKED_PICTURES else _CHECKED_PICTURES
+    checked = np.linspace(0, len(pictures) - 1, num_checked).astype(int)
+    keys = pictures.keys.take(checked)["key"].to_pylist()
     file_system, root = open_uri(pictures.folder)
 
-    def problem(index: int) -> str | None:
-        path = f"{root}/{pictures.keys[index].as_py()}"
+    def problem(key: str) -> str | None:
+        path = f"{root}/{key}"
         try:
             center_crop(decode(read_bytes(file_system, path), name=path), hr_crop_size, name=path)
         except DataError as error:
@@ -75,7 +75,7 @@ def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
         return None
 
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        problems = [text for text in pool.map(problem, checked.tolist()) if text]
+        problems = [text for text in pool.map(problem, keys) if text]
     if problems:
         raise DataError(
             f"{len(problems)} of {len(checked)} pictures checked under {pictures.uri} are unusable. "
@@ -95,6 +95,7 @@ def train_stream(
     global_batch_size: int,
     num_workers: int,
     flips: bool = False,
+    order_version: OrderVersion = 2,
 ) -> ray.data.Dataset:
     """Samples `skip` to `total` of an endless sequence, to be split among `num_workers` with equal=True.
 
@@ -118,6 +119,7 @@ def train_stream(
         global_batch_size: Samples per update, over all workers.
         num_workers: Number of consumers; it changes how samples are grouped, not which ones come.
         flips: Whether half of the crops are mirrored left to right; the seed decides which.
+        order_version: See `SampleOrder`.
 
     Returns:
         Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
@@ -125,7 +127,7 @@ def train_stream(
         that is missing, undecodable or too small yields a black row with the problem, so that all other rows
         keep their positions. A failing store raises DataError in the task.
     """
-    order = SampleOrder(pictures, seed, skip, total, global_batch_size, num_workers)
+    order = SampleOrder(pictures, seed, skip, total, global_batch_size, num_workers, order_version)
     blocks = ray.data.read_datasource(order, override_num_blocks=max(1, len(order.get_read_tasks(1))))
     places = pictures.folder, pictures.lq_folder
     spec = _SampleSpec(*places, hr_crop_size, scale, degradation, seed, is_centered=False, flips=flips)
@@ -147,7 +149,7 @@ def val_samples(
     """
     samples = np.arange(len(pictures) * num_draws)
     picture, draw = np.divmod(samples, num_draws)
-    table = sample_table(pictures, samples, draw, picture)
+    table = sample_table(samples, draw, pictures.keys.take(picture))
     blocks = [table.slice(row, _VAL_BLOCK_ROWS) for row in range(0, len(samples), _VAL_BLOCK_ROWS)]
     spec = _SampleSpec(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, _VAL_SEED, True)
     rows = ray.data.from_arrow(blocks).map_batches(partial(_val_rows, spec=spec), batch_size=None)

@@ -4,14 +4,17 @@ import hashlib
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +23,7 @@ from pyarrow import fs
 
 from ctmsr.errors import DataError
 
+from ..data.keys import BATCH_ROWS, index_file, keys_file, write_keys
 from ..data.pictures import SUMMARY_FILE
 from ..infra.exit_status import root_cause
 from ..infra.listing import IMAGE_SUFFIXES, Listed, iter_images, list_files
@@ -31,6 +35,7 @@ from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, stem, write_t
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
 _SHOW_EVERY_S = 5.0
+_READ_THREADS = 8
 
 
 def build_index(settings: Settings, out: str) -> dict[str, Any]:
@@ -88,25 +93,29 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgre
 
 
 def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
+    """Writes the index from the parts; works on whole Arrow columns, as there may be ten million rows."""
     file_system, _ = open_uri(out)
-    table = pa.concat_tables(
-        [pq.read_table(pa.BufferReader(read_bytes(file_system, part)), schema=SCHEMA) for part in parts]
-    )
+
+    def read(part: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(read_bytes(file_system, part)), schema=SCHEMA)
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        table = pa.concat_tables(pool.map(read, parts)).combine_chunks()
     table = _mark_scales(_mark_duplicates(table))
     is_good = pc.equal(table["status"], "ok")
     good, bad = table.filter(is_good), table.filter(pc.invert(is_good))
-    reasons = dict(sorted(Counter(bad["status"].to_pylist()).items()))
+    reasons = {one["values"]: one["counts"] for one in pc.value_counts(bad["status"]).to_pylist()}
     if not len(good):
         raise DataError(f"none of the {len(table)} pictures under {settings.uri} are usable: {reasons}.")
-    columns = ["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]
-    digest = hashlib.blake2b(digest_size=8)
-    for row in zip(*(good[name].to_pylist() for name in columns), strict=True):
-        digest.update(json.dumps(row).encode())
-    version = digest.hexdigest()
+    names = ["key", "lq_key"] if settings.lq_uri else ["key"]
+    version = _version(good.select(["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]))
     index = good.drop_columns(
         ["status", "detail", *([] if settings.lq_uri else ["lq_key", "lq_sha256", "scale"])]
     )
-    write_table(index, f"{out}/index-{version}.parquet")
+    write_table(index, f"{out}/{index_file(version)}")
+    with TemporaryDirectory() as folder:
+        write_keys(good.to_batches(BATCH_ROWS), names, keys := Path(folder) / "keys")
+        write_bytes(f"{out}/{keys_file(version)}", memoryview(pa.memory_map(str(keys)).read_buffer()))
     write_table(bad, f"{out}/quarantine-{version}.parquet")
     summary = vars(settings) | {
         "version": version,
@@ -114,7 +123,7 @@ def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> di
         "pictures": len(good),
         "bytes": pc.sum(good["size"]).as_py(),
         "pixels": pc.sum(pc.multiply(good["width"].cast("int64"), good["height"])).as_py(),
-        "quarantined": reasons,
+        "quarantined": dict(sorted(reasons.items())),
         "ignored": num_files - len(table),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -122,34 +131,56 @@ def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> di
     return summary
 
 
+def _version(identity: pa.Table) -> str:
+    """Hash of all rows."""
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in identity.to_batches(BATCH_ROWS):
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
+
+
 def _mark_duplicates(table: pa.Table) -> pa.Table:
     """Quarantines all but the first, by key, of usable pictures with the same bytes."""
-    first: dict[str, str] = {}
-    status, detail = table["status"].to_pylist(), table["detail"].to_pylist()
-    keys, hashes = table["key"].to_pylist(), table["sha256"].to_pylist()
-    for row, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
-        if status[row] == "ok" and first.setdefault(sha256, key) != key:
-            status[row], detail[row] = "duplicate", f"{key} has the same bytes as {first[sha256]}."
-    return _with_status(table, status, detail)
+    rows = np.flatnonzero(pc.equal(table["status"], "ok"))
+    codes = table["sha256"].take(pa.array(rows)).combine_chunks().dictionary_encode().indices.to_numpy()
+    first = np.empty(codes.max(initial=-1) + 1, np.int64)
+    first[codes[::-1]] = rows[::-1]  # the last assignment stays
+    is_again = first[codes] != rows
+    again = rows[is_again]
+    pairs = zip(_at(table["key"], again), _at(table["key"], first[codes][is_again]), strict=True)
+    return _quarantine(
+        table, again, "duplicate", [f"{key} has the same bytes as {one}." for key, one in pairs]
+    )
 
 
 def _mark_scales(table: pa.Table) -> pa.Table:
     """Quarantines usable pairs whose scale differs from that of the majority."""
-    status, detail, scales = (table[name].to_pylist() for name in ("status", "detail", "scale"))
-    common = Counter(scale for scale, what in zip(scales, status, strict=True) if what == "ok").most_common(1)
-    for row, scale in enumerate(scales):
-        if status[row] == "ok" and scale != common[0][0]:
-            key = table["key"][row].as_py()
-            status[row] = "bad-lq"
-            detail[row] = f"{key} is a pair of scale {scale}; most are of scale {common[0][0]}."
-    return _with_status(table, status, detail)
+    scales = table["scale"].filter(pc.equal(table["status"], "ok"))
+    common = pc.mode(scales)
+    if not len(common):  # no pairs
+        return table
+    scale = common[0]["mode"].as_py()
+    is_other = pc.and_(pc.equal(table["status"], "ok"), pc.not_equal(table["scale"], scale))
+    rows = np.flatnonzero(is_other)
+    pairs = zip(_at(table["key"], rows), _at(table["scale"], rows), strict=True)
+    details = [f"{key} is a pair of scale {other}; most are of scale {scale}." for key, other in pairs]
+    return _quarantine(table, rows, "bad-lq", details)
 
 
-def _with_status(table: pa.Table, status: list[str], detail: list[str]) -> pa.Table:
-    for name, column in (("status", status), ("detail", detail)):
-        values = pa.array(column, pa.large_string())
-        table = table.set_column(table.schema.get_field_index(name), name, values)
+def _quarantine(table: pa.Table, rows: np.ndarray, status: str, details: list[str]) -> pa.Table:
+    """Gives some rows another status, each with its detail."""
+    mask = np.zeros(len(table), bool)
+    mask[rows] = True
+    for name, values in (("status", [status] * len(rows)), ("detail", details)):
+        column = table[name].combine_chunks()
+        column = pc.replace_with_mask(column, mask, pa.array(values, pa.large_string()))
+        table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
+
+
+def _at(column: pa.ChunkedArray, rows: np.ndarray) -> list[Any]:
+    return column.take(pa.array(rows)).to_pylist()
 
 
 class _ScanProgress:

@@ -118,7 +118,7 @@ def read_bytes(file_system: fs.FileSystem, path: str) -> bytes:
         return file.read()
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Writes a file atomically, creating folders as needed: readers see the old content or the new.
 
     Raises:

@@ -167,6 +167,7 @@ def build_trainer(
             total=config.optim.total_steps * size,
             global_batch_size=size,
             flips=config.data.random_flip,
+            order_version=config.data.order_version,
         )
 
     def held_out() -> ray.data.Dataset:

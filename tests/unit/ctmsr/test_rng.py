@@ -5,8 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from ctmsr.rng import permutation, sample_rng, sample_seed
+from ctmsr.rng import permutation, permuted, sample_rng, sample_seed
 
 
 def draws(seed: int, epoch: int, key: str, purpose: str) -> list[int]:
@@ -55,3 +56,66 @@ def test_permutation_visits_each_sample_once_in_a_new_order_each_epoch() -> None
     np.testing.assert_array_equal(np.sort(first), np.arange(500))
     np.testing.assert_array_equal(first, again)
     assert (first != second).mean() > 0.9
+
+
+def order(seed: int, n: int) -> np.ndarray:
+    return permuted(seed, 0, n, np.arange(n))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 255, 256, 257, 65_537])
+def test_a_computed_order_visits_each_sample_once_in_a_new_order_each_epoch(n: int) -> None:
+    first, second = (permuted(1, epoch, n, np.arange(n)) for epoch in (0, 1))
+    np.testing.assert_array_equal(np.sort(first), np.arange(n))
+    np.testing.assert_array_equal(np.sort(second), np.arange(n))
+    if n > 100:
+        assert (first != second).mean() > 0.9
+
+
+def test_any_part_of_a_computed_order_is_that_part_of_the_whole() -> None:
+    positions = np.array([[999, 0], [5, 5]])
+    np.testing.assert_array_equal(permuted(3, 0, 1000, positions), order(3, 1000)[positions])
+
+
+def test_a_computed_order_is_pinned() -> None:
+    """A change here changes the pictures of every run that goes on: add a version of the order instead."""
+    assert permuted(5, 1, 10**12, np.arange(3)).tolist() == [499147049349, 399084381590, 876464489361]
+
+
+def test_all_orders_of_four_samples_are_equally_likely() -> None:
+    orders, counts = np.unique([order(seed, 4) for seed in range(2400)], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("n", [1000, 4096, 10_007])
+def test_a_computed_order_looks_as_random_as_a_drawn_one(n: int) -> None:
+    """Statistics over twenty seeds, against those of numpy's permutations."""
+    ours = [order(seed, n) for seed in range(20)]
+    drawn = [np.random.default_rng(seed).permutation(n) for seed in range(20)]
+    for statistic in (neighbours_correlation, lag_correlation, num_runs, place_correlation, parity_of_steps):
+        a, b = ([statistic(one) for one in orders] for orders in (ours, drawn))
+        assert scipy.stats.ks_2samp(a, b).pvalue > 1e-3, statistic.__name__
+    # The steps between neighbours have the distribution that they have in a drawn order.
+    steps = [np.concatenate([np.diff(one) for one in orders]) for orders in (ours, drawn)]
+    assert scipy.stats.ks_2samp(*steps).pvalue > 1e-3
+
+
+def neighbours_correlation(one: np.ndarray) -> float:
+    return float(np.corrcoef(one[1:], one[:-1])[0, 1])
+
+
+def lag_correlation(one: np.ndarray) -> float:
+    return float(np.corrcoef(one[32:], one[:-32])[0, 1])
+
+
+def place_correlation(one: np.ndarray) -> float:
+    return float(np.corrcoef(one, np.arange(len(one)))[0, 1])
+
+
+def num_runs(one: np.ndarray) -> float:
+    """Ascending and descending runs."""
+    return float(np.count_nonzero(np.diff(np.sign(np.diff(one)))))
+
+
+def parity_of_steps(one: np.ndarray) -> float:
+    return float((np.diff(one) % 2).mean())

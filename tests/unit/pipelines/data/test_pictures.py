@@ -1,6 +1,7 @@
 """What a run reads of an index, whatever its size."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.keys import BATCH_ROWS, keys_file, write_keys
 from pipelines.data.pictures import SUMMARY_FILE, find_pictures
+from pipelines.data.sample_order import SampleOrder
 
 LENGTH = 1_000
 """Bytes of a key."""
@@ -23,27 +26,64 @@ def long_keys(num_keys: int) -> pa.Array:
     return pa.LargeStringArray.from_buffers(num_keys, pa.py_buffer(offsets), pa.py_buffer(text))
 
 
-def write_index(folder: Path, columns: dict[str, pa.Array]) -> str:
+def write_index(folder: Path, columns: dict[str, pa.Array], *, has_keys_file: bool) -> str:
     folder.mkdir()
-    summary = {"version": "v", "uri": str(folder), "lq_uri": str(folder), "scale": 4}
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
-    pq.write_table(pa.table(columns), folder / "index-v.parquet", compression="zstd", use_dictionary=False)
+    table = pa.table(columns)
+    summary = {"version": folder.parent.name, "uri": str(folder), "lq_uri": str(folder), "scale": 4}
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary | {"pictures": len(table)}))
+    pq.write_table(
+        table,
+        folder / f"index-{folder.parent.name}.parquet",
+        compression="zstd",
+        use_dictionary=False,
+        row_group_size=100_000,
+    )
+    if has_keys_file:
+        write_keys(table.to_batches(BATCH_ROWS), table.column_names, folder / keys_file(folder.parent.name))
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("CTMSR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.mark.slow
-def test_keys_of_more_than_two_gibibytes_are_all_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_keys_file", [True, False])
+def test_keys_of_more_than_two_gibibytes_are_all_there(tmp_path: Path, has_keys_file: bool) -> None:
     keys = long_keys(2_400_000)
     assert keys.nbytes > 2.2 * 2**30
-    pictures = find_pictures(write_index(tmp_path / "photos.index", {"key": keys, "lq_key": keys}))
-    for found in (pictures.keys, pictures.lq_keys):
-        assert found is not None
-        assert len(found) == len(keys)
-        assert found[len(keys) - 1].as_py().endswith("2399999")
+    columns = {"key": keys, "lq_key": keys}
+    pictures = find_pictures(write_index(tmp_path / "a.index", columns, has_keys_file=has_keys_file))
+    assert len(pictures) == len(keys)
+    last = pictures.keys.take(np.array([len(keys) - 1, 2_147_483])).to_pylist()
+    assert [row["key"][-7:] for row in last] == ["2399999", "2147483"]
+    assert [row["lq_key"][-7:] for row in last] == ["2399999", "2147483"]
 
 
-def test_an_index_whose_text_has_32_bit_offsets_is_read(tmp_path: Path) -> None:
-    keys = pa.array(["a.png", "b.png"], pa.string())
-    pictures = find_pictures(write_index(tmp_path / "photos.index", {"key": keys, "lq_key": keys}))
-    assert pictures.keys.to_pylist() == ["a.png", "b.png"]
-    assert pictures.keys.type == pa.large_string()
+@pytest.mark.parametrize("has_keys_file", [True, False])
+def test_a_key_is_found_by_its_number(tmp_path: Path, cache: Path, has_keys_file: bool) -> None:
+    names = [f"{number:06}.png" for number in range(200_000)]
+    keys = pa.array(names, pa.string())  # with 32-bit offsets, as other programs write it
+    columns = {"key": keys, "lq_key": keys}
+    pictures = find_pictures(write_index(tmp_path / "a.index", columns, has_keys_file=has_keys_file))
+    numbers = np.array([199_999, 0, 65_535, 65_536, 99_999, 100_000, 7, 7])
+    found = pictures.keys.taker(numbers)()
+    assert found["key"].to_pylist() == [names[number] for number in numbers]
+    assert found["lq_key"].type == pa.large_string()
+    assert any(cache.rglob("*.arrow")) != has_keys_file
+
+
+def test_a_plan_does_not_grow_with_the_index(tmp_path: Path) -> None:
+    sizes = []
+    for number in (10, 100_000):
+        keys = pa.array([f"{number:06}.png" for number in range(number)], pa.large_string())
+        (tmp_path / str(number)).mkdir()
+        uri = write_index(
+            tmp_path / str(number) / "a.index", {"key": keys, "lq_key": keys}, has_keys_file=True
+        )
+        order = SampleOrder(find_pictures(uri), 0, 0, 10**9, 32, 4)
+        sizes.append(len(pickle.dumps((order, order.get_read_tasks(1)[0].metadata))))
+    assert abs(sizes[1] - sizes[0]) < 20  # the name of the folder and the number itself

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import encode_png
+from pipelines.config.run_config import OrderVersion
+from pipelines.data.keys import ListedKeys
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker
 from pipelines.data.stream import Rows, _SampleSpec, _train_rows
@@ -19,19 +21,22 @@ from pipelines.data.stream import Rows, _SampleSpec, _train_rows
 NUM_PICTURES = 7
 
 
-def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: int) -> list[list[str]]:
+def consume(
+    pictures: Pictures, seed: int, version: OrderVersion, runs: list[tuple[int, int]], batch: int
+) -> list[list[str]]:
     """Keys by step, as workers take them that are killed and go on.
 
     Args:
         pictures: The index.
         seed: Of the order.
+        version: Of the order.
         runs: (steps until the run is killed, workers), one after the other.
         batch: Samples of a step, over all workers.
     """
     steps: list[list[str]] = []
     total = batch * sum(num_steps for num_steps, _ in runs)
     for num_steps, num_workers in runs:
-        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers)
+        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers, version)
         part = rows_per_worker(batch, num_workers)
         lines: list[list[tuple[int, str]]] = [[] for _ in range(num_workers)]
         execution = 0
@@ -55,22 +60,24 @@ def consume(pictures: Pictures, seed: int, runs: list[tuple[int, int]], batch: i
 @given(
     num_pictures=st.integers(1, 300),
     seed=st.integers(0, 2**32),
+    version=st.sampled_from([1, 2]),
     batch=st.integers(7, 72),
     runs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 7)), min_size=1, max_size=4),
 )
 def test_every_picture_comes_once_an_epoch_whatever_is_killed(
-    num_pictures: int, seed: int, batch: int, runs: list[tuple[int, int]]
+    num_pictures: int, seed: int, version: OrderVersion, batch: int, runs: list[tuple[int, int]]
 ) -> None:
-    pictures = Pictures("p", pa.array([f"{i}.png" for i in range(num_pictures)]), "p", "v")
-    steps = consume(pictures, seed, runs, batch=batch)
+    names = pa.array([f"{i}.png" for i in range(num_pictures)], pa.large_string())
+    pictures = Pictures("p", ListedKeys(pa.table({"key": names})), "p", "v")
+    steps = consume(pictures, seed, version, runs, batch=batch)
     keys = [key for step in steps for key in step]
-    whole = consume(pictures, seed, [(len(steps), 1)], batch=batch)
+    whole = consume(pictures, seed, version, [(len(steps), 1)], batch=batch)
     assert [sorted(step) for step in steps] == [sorted(step) for step in whole]  # the same images a step
     keys = [key for step in whole for key in step]
     epochs = [keys[start : start + num_pictures] for start in range(0, len(keys), num_pictures)]
     for epoch in epochs:
         assert max(Counter(epoch).values()) == 1
-    assert all(sorted(epoch) == sorted(pictures.keys.to_pylist()) for epoch in epochs[:-1])
+    assert all(sorted(epoch) == sorted(names.to_pylist()) for epoch in epochs[:-1])
 
 
 @pytest.fixture(scope="module")

@@ -30,37 +30,39 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return sample_rng(seed, epoch, "", "permutation").permutation(n)
 
 
-def permuted(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The samples at some positions of an epoch's order, without making the order: no memory grows with `n`.
+def permuted(seed: int, epochs: np.ndarray, n: int, positions: np.ndarray) -> np.ndarray:
+    """The samples at some positions of some epochs' orders, without making an order: no memory grows with `n`.
 
     A keyed Feistel network permutes the next power of four; a result of `n` or more is permuted again until
     one falls below (cycle walking: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
 
     Args:
         seed: Seed of the run.
-        epoch: Pass over the data; each has an order of its own.
+        epochs: int64 of shape (k,): passes over the data; each has an order of its own.
         n: Number of samples, up to 2**62.
-        positions: int64, of any shape, each from 0 to n - 1.
+        positions: int64 of shape (k,), each from 0 to n - 1.
 
     Returns:
-        int64 of the same shape. Over all positions, each of 0..n-1 comes once.
+        int64 of shape (k,). Over all positions of an epoch, each of 0..n-1 comes once.
     """
+    distinct, which = np.unique(epochs, return_inverse=True)
+    drawn = [sample_rng(seed, epoch, "", "order").bytes(8 * _FEISTEL_ROUNDS) for epoch in distinct.tolist()]
+    keys = np.frombuffer(b"".join(drawn), "<u8").reshape(-1, _FEISTEL_ROUNDS)[which]
     half_bits = max(1, -(-(n - 1).bit_length() // 2))
-    keys = sample_rng(seed, epoch, "", "order").integers(2**64, size=_FEISTEL_ROUNDS, dtype=np.uint64)
-    found = _feistel(positions.astype(np.uint64).ravel(), keys, half_bits)
+    found = _feistel(positions.astype(np.uint64), keys, half_bits)
     while len(outside := np.flatnonzero(found >= n)):
-        found[outside] = _feistel(found[outside], keys, half_bits)
-    return found.astype(np.int64).reshape(positions.shape)
+        found[outside] = _feistel(found[outside], keys[outside], half_bits)
+    return found.astype(np.int64)
 
 
 _FEISTEL_ROUNDS = 8
 
 
 def _feistel(numbers: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
-    """A keyed bijection on the uint64 below 4**half_bits; rounds mix with SplitMix64's finalizer."""
+    """A bijection on the uint64 below 4**half_bits, by 8 keys for each; mixes with SplitMix64's finalizer."""
     width, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
     left, right = numbers >> width, numbers & mask
-    for key in keys:
+    for key in keys.T:
         mixed = right ^ key
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -86,13 +86,10 @@ class SampleOrder(Datasource):
     def _task(self, samples: np.ndarray) -> ReadTask:
         num_pictures = len(self._pictures)
         epochs, positions = np.divmod(samples, num_pictures)
-        picture = np.zeros_like(samples)  # empty rows, whose epoch is -1, keep picture 0
-        for epoch in np.unique(epochs[samples != NO_SAMPLE]).tolist():
-            where = epochs == epoch
-            if self._version == 1:
-                picture[where] = _order(self._seed, epoch, num_pictures)[positions[where]]
-            else:
-                picture[where] = permuted(self._seed, epoch, num_pictures, positions[where])
+        picture = np.zeros_like(samples)  # empty rows keep picture 0
+        real = samples != NO_SAMPLE
+        visited = _visited_v1 if self._version == 1 else permuted
+        picture[real] = visited(self._seed, epochs[real], num_pictures, positions[real])
         take = self._pictures.keys.taker(picture)
         metadata = BlockMetadata(
             num_rows=len(samples), size_bytes=_ROW_BYTES * len(samples), exec_stats=None, input_files=None
@@ -112,6 +109,14 @@ def _num_executions(context: DataContext | None) -> int:
 def sample_table(samples: np.ndarray, epochs: np.ndarray, keys: pa.Table) -> pa.Table:
     """One row per sample: "sample", "epoch", the "key" of its picture and, for pairs, "lq_key"."""
     return keys.append_column("sample", pa.array(samples)).append_column("epoch", pa.array(epochs))
+
+
+def _visited_v1(seed: int, epochs: np.ndarray, n: int, positions: np.ndarray) -> np.ndarray:
+    """As `permuted`, of version 1."""
+    found = np.zeros_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        found[epochs == epoch] = _order(seed, epoch, n)[positions[epochs == epoch]]
+    return found
 
 
 _order = lru_cache(maxsize=2)(permutation)

@@ -73,7 +73,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
         if todo:
             _scan(todo, settings, progress)
     progress.end()
-    return _merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
+    return merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
 
 
 def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:
@@ -92,7 +92,7 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgre
         ) from error
 
 
-def _merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
+def merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
     """Writes the index from the parts; works on whole Arrow columns, as there may be ten million rows."""
     file_system, _ = open_uri(out)
 

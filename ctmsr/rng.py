@@ -31,7 +31,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def permuted(seed: int, epochs: np.ndarray, n: int, positions: np.ndarray) -> np.ndarray:
-    """The samples at some positions of some epochs' orders, without making an order: no memory grows with `n`.
+    """The samples at some positions of some epochs' orders, in memory that does not grow with `n`.
 
     A keyed Feistel network permutes the next power of four; a result of `n` or more is permuted again until
     one falls below (cycle walking: Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).

@@ -71,7 +71,9 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
             node = node[section]
         if isinstance(node.get(key), dict):
             raise ConfigError(f"{path} is a section, not a value. Set one of: {', '.join(node[key])}.")
-        node[key] = _parse(text)
+        value = _parse(text)
+        is_name = isinstance(node.get(key), str) and isinstance(value, int | float)  # a folder called 2024
+        node[key] = text if is_name else value
     return result
 
 

@@ -22,11 +22,11 @@ from ctmsr.errors import DataError
 
 from ..data.pictures import SUMMARY_FILE
 from ..infra.exit_status import root_cause
-from ..infra.listing import IMAGE_SUFFIXES, Listed, iter_images, list_files
+from ..infra.listing import Listed, iter_images, list_files, stem
 from ..infra.progress import duration
 from ..infra.ray_data import configured
 from ..infra.storage import open_uri, read_bytes, write_bytes
-from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, stem, write_table
+from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, write_table
 
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
@@ -39,7 +39,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
     Raises:
         DataError: No picture is usable, or the store fails.
     """
-    lq = {stem(file.key): file for file in iter_images(settings.lq_uri)} if settings.lq_uri else {}
+    lq = _lq_pictures(settings.lq_uri) if settings.lq_uri else {}
     file_system, root = open_uri(out)
     listing = file_system.get_file_info(fs.FileSelector(f"{root}/parts", allow_not_found=True))
     existing = {info.base_name for info in listing}
@@ -49,7 +49,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
         nonlocal num_files
         for file in list_files(settings.uri):
             num_files += 1
-            if file.key.lower().endswith(IMAGE_SUFFIXES):
+            if file.is_image:
                 yield file
 
     names: list[str] = []
@@ -69,6 +69,20 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
             _scan(todo, settings, progress)
     progress.end()
     return _merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
+
+
+def _lq_pictures(uri: str) -> dict[str, Listed]:
+    """The LR pictures by stem."""
+    found: dict[str, Listed] = {}
+    for file in iter_images(uri):
+        if file.problem:
+            raise DataError(file.problem)
+        if other := found.get(stem(file.key)):
+            raise DataError(
+                f"{uri} has both {other.key} and {file.key}, so pairs are ambiguous. Rename or remove one."
+            )
+        found[stem(file.key)] = file
+    return found
 
 
 def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:

@@ -11,6 +11,8 @@ import ray
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from .invocation import printable
+
 _PLAIN_INTERVAL_S = 10
 """Minimum time between lines if the output is not a terminal, where a line cannot be rewritten."""
 
@@ -72,7 +74,7 @@ def _show(queue: Queue, done: threading.Event) -> None:
         except Empty:
             continue
         if isinstance(progress, str):
-            print(("\r\033[K" if shown else "") + progress, flush=True)
+            print(("\r\033[K" if shown else "") + printable(progress), flush=True)
         elif rewrite:
             print(f"\r\033[K{progress}", end="", flush=True)
             shown = True

@@ -107,6 +107,12 @@ def test_override_reaches_into_sections_and_leaves_its_input_alone() -> None:
     assert data == to_dict(Cake(name="x"))
 
 
+def test_a_name_that_looks_like_a_number_stays_a_name() -> None:
+    data = {"name": "x", "icing": "sugar", "eggs": 1}
+    changed = override(data, ["name=2024", "icing=true", "eggs=2"])
+    assert changed == {"name": "2024", "icing": "true", "eggs": 2}
+
+
 def test_override_can_unset_an_optional() -> None:
     assert override({"icing": "sugar"}, ["icing=null"]) == {"icing": None}
 

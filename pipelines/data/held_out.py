@@ -14,7 +14,7 @@ from ctmsr.image import decode
 from ..config.run_config import DataConfig, RunConfig
 from ..infra.listing import Images, list_images, stem
 from ..infra.storage import open_uri, read_bytes
-from .pictures import Pictures, find_pictures, refuse_unusable
+from .pictures import Pictures, about_setting, find_pictures, refuse_unusable
 from .stream import check_images, val_samples
 
 
@@ -119,11 +119,16 @@ def find_held_out(data: DataConfig) -> HeldOut:
         "set data.test_uri, data.test_lq_uri or both: there is nothing to evaluate on.",
     )
     if not data.test_lq_uri:
-        pictures = find_pictures(data.test_uri)
+        with about_setting("data.test_uri"):
+            pictures = find_pictures(data.test_uri)
         check_images(pictures, hr_crop_size=data.eval_crop_size)
         return HeldOut(data, pictures)
-    hr = _listed(data.test_uri) if data.test_uri else None
-    lq = _listed(data.test_lq_uri)
+    hr = None
+    if data.test_uri:
+        with about_setting("data.test_uri"):
+            hr = _listed(data.test_uri)
+    with about_setting("data.test_lq_uri"):
+        lq = _listed(data.test_lq_uri)
     if hr:
         check_pairs(lq, hr)
     return HeldOut(data, None, lq, hr)

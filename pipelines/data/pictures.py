@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from shlex import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ctmsr.errors import DataError
+from ctmsr.errors import DataError, StoreError
 
 from ..infra.listing import list_images
 from ..infra.storage import open_uri, read_bytes
@@ -41,6 +42,18 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@contextmanager
+def about_setting(key: str) -> Iterator[None]:
+    """Errors of the `with` block begin with the key that names the pictures, and end with how to set it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except DataError as error:
+        part = key.removeprefix("data.").partition("_")[0]
+        raise DataError(f"{key}: {error} Set another: --set {key}=photos/{part}") from error
 
 
 def find_pictures(uri: str) -> Pictures:

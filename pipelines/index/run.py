@@ -23,14 +23,13 @@ from ctmsr.errors import DataError
 from ..data.pictures import SUMMARY_FILE
 from ..infra.exit_status import root_cause
 from ..infra.listing import Listed, iter_images, list_files, stem
-from ..infra.progress import duration
+from ..infra.progress import Bar, Screen, duration
 from ..infra.ray_data import configured
 from ..infra.storage import open_uri, read_bytes, write_bytes
 from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, write_table
 
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
-_SHOW_EVERY_S = 5.0
 
 
 def build_index(settings: Settings, out: str) -> dict[str, Any]:
@@ -53,21 +52,22 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
                 yield file
 
     names: list[str] = []
-    progress = _ScanProgress(settings.uri)
     cut = chunks(counted())
-    while some := list(islice(cut, _ROUND_CHUNKS)):
-        todo = []
-        for chunk in some:
-            names.append(f"{part_name(chunk, lq, settings)}.parquet")
-            if names[-1] in existing:
-                progress.reused += len(chunk)
-                continue
-            lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
-            files = [asdict(file) for file in chunk]
-            todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
-        if todo:
-            _scan(todo, settings, progress)
-    progress.end()
+    with Screen() as screen:
+        progress = _ScanProgress(settings.uri, screen)
+        while some := list(islice(cut, _ROUND_CHUNKS)):
+            todo = []
+            for chunk in some:
+                names.append(f"{part_name(chunk, lq, settings)}.parquet")
+                if names[-1] in existing:
+                    progress.reused += len(chunk)
+                    continue
+                lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
+                files = [asdict(file) for file in chunk]
+                todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
+            if todo:
+                _scan(todo, settings, progress)
+        progress.end()
     return _merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
 
 
@@ -167,13 +167,14 @@ def _with_status(table: pa.Table, status: list[str], detail: list[str]) -> pa.Ta
 
 
 class _ScanProgress:
-    """The progress line: pictures/s, MB/s and the time left.
+    """The progress: pictures/s, MB/s and the time left.
 
     The scan lists the folder as it goes, so the total comes from a second listing that only counts.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._started = self._shown = time.monotonic()
+    def __init__(self, uri: str, screen: Screen) -> None:
+        self._started = time.monotonic()
+        self._screen = screen
         self._pictures, self._bytes = 0, 0
         self._listed, self._is_whole = 0, False
         self.reused = 0
@@ -188,21 +189,20 @@ class _ScanProgress:
 
     def show(self, pictures: int, num_bytes: int) -> None:
         self._pictures, self._bytes = self._pictures + pictures, self._bytes + num_bytes
-        now = time.monotonic()
-        if now - self._shown > _SHOW_EVERY_S:
-            self._shown = now
-            print(self, flush=True)
+        self._screen.show(self._bar())
 
     def end(self) -> None:
-        print(self, flush=True)
+        self._screen.end()
+        self._screen.say(str(self._bar()))
 
-    def __str__(self) -> str:
+    def _bar(self) -> Bar:
         elapsed_s = time.monotonic() - self._started
-        known = f"  {self.reused} scanned before" if self.reused else ""
-        left = max(0, self._listed - self.reused - self._pictures)
-        if left and self._is_whole:
-            known += f"  {left} to go, ETA {duration(left * elapsed_s / max(self._pictures, 1))}"
-        return (
-            f"scanned {self._pictures} pictures  {self._pictures / elapsed_s:.0f}/s  "
-            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s{known}"
-        )
+        rate = self._pictures / elapsed_s
+        facts = [f"{rate:.0f}/s", f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s"]
+        if self.reused:
+            facts.append(f"{self.reused} scanned before")
+        done = self.reused + self._pictures
+        left = max(0, self._listed - done) if self._is_whole else 0
+        if left:
+            facts = [f"{left} to go, ETA {duration(left / max(rate, 1e-3))}", *facts]
+        return Bar(f"scanned {self._pictures} pictures", done, done + left if left else 0, tuple(facts))

@@ -9,6 +9,7 @@ from ctmsr.errors import DataError
 
 from ..infra.invocation import printable
 from ..infra.listing import absolute, list_images, stem
+from ..infra.progress import Bar, Screen
 from .upscaler import Outcome, Picture, Settings, Upscaler
 
 FEW = 16
@@ -87,10 +88,14 @@ def _folds_case(folder: str) -> bool:
 def upscale_few(pictures: list[Picture], settings: Settings) -> Iterator[Outcome]:
     """Upscales the pictures in this process, one after the other, printing a line for each."""
     upscaler = Upscaler(settings)
-    for number, picture in enumerate(pictures, 1):
-        outcome = upscaler.upscale(picture)
-        if not outcome.problem:
-            took = "done before" if outcome.existed else f"{outcome.seconds:.1f} s"
-            names = printable(f"{outcome.path} -> {outcome.result}")
-            print(f"[{number}/{len(pictures)}] {names} ({took})", flush=True)
-        yield outcome
+    with Screen() as screen:
+        for number, picture in enumerate(pictures, 1):
+            if screen.is_live:
+                label = printable(f"upscaling {picture.key.rpartition('/')[2]}")
+                screen.show(Bar(label, number - 1, len(pictures), (f"{number} of {len(pictures)}",)))
+            outcome = upscaler.upscale(picture)
+            screen.end()
+            if not outcome.problem:
+                took = "done before" if outcome.existed else f"{outcome.seconds:.1f} s"
+                screen.say(f"[{number}/{len(pictures)}] {outcome.path} -> {outcome.result} ({took})")
+            yield outcome

@@ -90,18 +90,15 @@ def pictures(names: tuple[str, ...]) -> dict[str, bytes]:
 @pytest.fixture(scope="module", params=["local", "s3"])
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, s3: S3
-) -> tuple[str, set]:
+) -> tuple[str, set[str]]:
     """A place full of such pictures, and their names."""
     if request.param == "s3":
-        names = NAMES + S3_NAMES
-        return s3.make_bucket("names", {f"in/{key}": data for key, data in files(names).items()}) + "/in", {
-            *names
-        }
-    names = NAMES + LOCAL_NAMES
+        held = {f"in/{key}": data for key, data in files(NAMES + S3_NAMES).items()}
+        return s3.make_bucket("names", held) + "/in", {*NAMES, *S3_NAMES}
     folder = tmp_path_factory.mktemp("places") / "in#1?"
-    for key, data in files(names).items():
+    for key, data in files(NAMES + LOCAL_NAMES).items():
         write_bytes(f"{folder}/{key}", data)
-    return str(folder), set(names)
+    return str(folder), {*NAMES, *LOCAL_NAMES}
 
 
 def files(names: tuple[str, ...]) -> Mapping[str, bytes]:

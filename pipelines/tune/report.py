@@ -52,7 +52,7 @@ def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:
 
 
 def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]:
-    """How well each key that varies predicts whether a trial is in the better half of the ranking; they add up to 1.
+    """How well each key that varies predicts whether a trial is in the better half; they add up to 1.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) on ranks, as trials were scored at different steps.
     With a dozen trials it is no more than a hint; with fewer than four the result is empty.

@@ -85,7 +85,7 @@ class Progress:
                 f"ETA {duration(self.eta_s)}",
                 f"wait {self.data_wait:.0%}",
                 f"data {self.data_mb_per_s:.1f} MB/s",
-                f"{self.num_workers} workers",
+                counted(self.num_workers, "worker"),
             ),
         )
 
@@ -101,8 +101,7 @@ class Scores:
     def __str__(self) -> str:
         m = self.means
         return (
-            f"{self.name}  step {self.step}  held-out pictures: "
-            f"LPIPS {m['lpips']:.4f} (bicubic {m['bicubic_lpips']:.4f})  "
+            f"{self.name}  step {self.step}  LPIPS {m['lpips']:.4f} (bicubic {m['bicubic_lpips']:.4f})  "
             f"PSNR-Y {m['psnr_y']:.2f} dB ({m['bicubic_psnr_y']:.2f})"
         )
 
@@ -112,6 +111,11 @@ class Ended:
     """A run that shows no more progress."""
 
     name: str
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 worker`, `2 workers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -137,6 +141,7 @@ class Screen:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._redraw()
         for handler in logging.root.handlers:
             handler.removeFilter(self._make_room)
 

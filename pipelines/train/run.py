@@ -24,6 +24,7 @@ from ..data.pictures import Pictures, about_setting, find_pictures
 from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
 from ..infra.checkpoints import checkpoint_uri, newest
 from ..infra.cluster import check_gpus
+from ..infra.progress import counted
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .retries import fit, steps_done
@@ -43,8 +44,8 @@ class Inputs:
 
     def __str__(self) -> str:
         others = self.train.num_others + self.val.num_others
-        left_out = f"; {others} other files are left out" if others else ""
-        return f"{len(self.train)} pictures to train on, {len(self.val)} held out{left_out}"
+        left_out = f"; left out: {counted(others, 'other file')}" if others else ""
+        return f"{counted(len(self.train), 'picture')} to train on, {len(self.val)} held out{left_out}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def train(
     with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
         if (done := steps_done(config)) < config.optim.total_steps:
             since = f", from step {done}" if done else ""
-            progress.put_nowait(f"{config.name}: starting {config.train.num_workers} workers{since}")
+            progress.put_nowait(
+                f"{config.name}: starting {counted(config.train.num_workers, 'worker')}{since}"
+            )
             fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
     last = newest(config.run_uri)
     assert last is not None  # the last step writes one

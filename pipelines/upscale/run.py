@@ -9,7 +9,7 @@ from ctmsr.errors import DataError
 
 from ..infra.invocation import printable
 from ..infra.listing import absolute, list_images, stem
-from ..infra.progress import Bar, Screen
+from ..infra.progress import Bar, Screen, counted
 from .upscaler import Outcome, Picture, Settings, Upscaler
 
 FEW = 16
@@ -53,7 +53,10 @@ def find_pictures(inputs: list[str], output: str) -> list[Picture]:
                     "bytes. Choose a shorter --output, or name a folder inside the input."
                 )
     if num_others:
-        print(f"{num_others} other files are left out: their names do not end like a picture's.", flush=True)
+        files = counted(num_others, "other file")
+        print(
+            f"left out: {files}, by the name's end. To upscale one anyway, name the file itself.", flush=True
+        )
     return list(sources.values())
 
 

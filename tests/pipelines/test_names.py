@@ -153,7 +153,7 @@ def test_upscaled(
     options = ["--output", out, "--model", checkpoint_uri]
     assert upscale([uri, *options]) == 1
     printed = capfd.readouterr()
-    assert "2 other files are left out" in printed.out
+    assert "left out: 2 other files" in printed.out
     errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert "zero.png is not a readable picture (0 bytes" in errors[0]
     assert errors[1:] == [f"error: 1 of {len(names) + 1} pictures could not be read."]

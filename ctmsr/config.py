@@ -52,7 +52,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested `data` with `["schedule.noise_rho=3", ...]` applied; values are JSON or plain text.
+    """A copy of nested `data` with `["schedule.noise_rho=3", ...]` applied.
+
+    Values are JSON or plain text; a list needs no brackets.
 
     Raises:
         ConfigError: An assignment has no `=`, or its path runs through something that is not a section.
@@ -71,7 +73,14 @@ def override(data: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, A
             node = node[section]
         if isinstance(node.get(key), dict):
             raise ConfigError(f"{path} is a section, not a value. Set one of: {', '.join(node[key])}.")
-        node[key] = _parse(text)
+        before, value = node.get(key), _parse(text)
+        if isinstance(before, str) and isinstance(value, int | float):
+            value = text  # such as a folder called 2024
+        elif isinstance(before, list) and not isinstance(value, list):
+            value = _parse(f"[{text}]")  # 1,2,3 is [1, 2, 3]
+            if not isinstance(value, list):
+                value = [part.strip() for part in text.split(",")]
+        node[key] = value
     return result
 
 
@@ -151,6 +160,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text"}.get(
-        hint, str(hint).replace("typing.", "")
-    )
+    if hint in (names := {int: "an integer", float: "a number", bool: "true or false", str: "text"}):
+        return names[hint]
+    kind, *others = typing.get_args(hint)  # of a tuple
+    many, example = {
+        int: ("integers", ("1", "2", "3")),
+        float: ("numbers", ("0.5", "1.5", "2.5")),
+        str: ("words", ("a", "b", "c")),
+    }[kind]
+    if others == [Ellipsis]:
+        return f"{many}, such as {','.join(example)}"
+    return f"{1 + len(others)} {many}, such as {','.join(example[: 1 + len(others)])}"

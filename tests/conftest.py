@@ -120,10 +120,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, s3: S3) -> Store:
     from pipelines.infra.storage import write_bytes
 
     def fill(files: Mapping[str, bytes]) -> str:
-        root = str(tmp_path / "data") if request.param == "local" else s3.make_bucket(f"b{time.time_ns()}")
+        if request.param == "s3":
+            return s3.make_bucket(f"b{time.time_ns()}", files)
         for key, data in files.items():
-            write_bytes(f"{root}/{key}", data)
-        return root
+            write_bytes(str(tmp_path / "data" / key), data)
+        return str(tmp_path / "data")
 
     return fill
 

@@ -171,14 +171,20 @@ def stack(rows_u8: list[np.ndarray]) -> np.ndarray:
 
 def table(evaluations: Mapping[str, Evaluation]) -> str:
     """A text table of mean scores: bicubic, then each model by name, on the same samples."""
-    first = next(iter(evaluations.values()))
-    shown = {name: metric for name, metric in METRICS.items() if name in first.means}
-    width = max(10, *(len(name) + 2 for name in evaluations))
-    header = "".join(f"{metric.title:>11}" for metric in shown.values())
-    lines = [f"{'':{width}}{header}   mean of {len(first.rows)} held-out samples"]
+    num_samples = len(next(iter(evaluations.values())).rows)
     means = {name: one.means for name, one in evaluations.items()}
-    baseline = {name: first.means[f"bicubic_{name}"] for name in shown}
-    for title, own in ({"bicubic": baseline} | means).items():
+    return score_table(means, f"mean of {num_samples} held-out samples")
+
+
+def score_table(means: Mapping[str, Mapping[str, float]], of_what: str) -> str:
+    """A text table of the means of `Evaluation`: bicubic, then each model by name."""
+    first = next(iter(means.values()))
+    shown = {name: metric for name, metric in METRICS.items() if name in first}
+    width = max(10, *(len(name) + 2 for name in means))
+    header = "".join(f"{metric.title:>11}" for metric in shown.values())
+    lines = [f"{'':{width}}{header}   {of_what}"]
+    baseline = {name: first[f"bicubic_{name}"] for name in shown}
+    for title, own in {"bicubic": baseline, **means}.items():
         scores = "".join(f"{own[name]:>11.{metric.digits}f}" for name, metric in shown.items())
         lines.append(f"{title:{width}}{scores}")
     return "\n".join(lines)

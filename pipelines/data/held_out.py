@@ -1,70 +1,73 @@
 """Held-out sets to evaluate on: HR pictures that are degraded, or LR pictures with or without a reference."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from ctmsr.config import check
 from ctmsr.errors import DataError
 from ctmsr.image import decode
 
 from ..config.run_config import DataConfig, RunConfig
-from ..infra.listing import ImageRef, list_images
+from ..infra.listing import Images, list_images, stem
 from ..infra.storage import open_uri, read_bytes
-from .pictures import Pictures, find_pictures
+from .pictures import Pictures, about_setting, find_pictures, refuse_unusable
 from .stream import check_images, val_samples
 
 
-def whole_pictures(
-    lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef], *, scale: int
-) -> Iterator[dict[str, Any]]:
-    """Uncropped LR pictures, each with its HR picture if `hr_refs` are given; loads one pair at a time.
+def whole_pictures(lq: Images, hr: Images | None, *, scale: int) -> Iterator[dict[str, Any]]:
+    """Uncropped LR pictures, each with its HR picture if `hr` is given; loads one pair at a time.
 
     Yields:
-        Rows of "key", "lq" and "hr" (uint8 HWC; None without a reference), in the order of `lq_refs`.
+        Rows of "key", "lq" and "hr" (uint8 HWC; None without a reference), in the order of `lq`.
 
     Raises:
         DataError: A picture cannot be read, or HR is not `scale` times as large as LR.
     """
-    (lq_system, _), (hr_system, _) = open_uri(lq_uri), open_uri(hr_uri or lq_uri)
-    hr_paths = {pair_key(ref): ref.path for ref in hr_refs}
-    for ref in lq_refs:
-        lq_u8 = decode(read_bytes(lq_system, ref.path), name=ref.path)
+    hr_keys = {stem(file.key): file.key for file in hr.files} if hr else {}
+    for file in lq.files:
+        lq_u8, lq_path = _read(lq.folder, file.key)
         hr_u8 = None
-        if path := hr_paths.get(pair_key(ref)):
-            hr_u8 = decode(read_bytes(hr_system, path), name=path)
+        if hr and (key := hr_keys.get(stem(file.key))):
+            hr_u8, path = _read(hr.folder, key)
             (height, width), (lq_height, lq_width) = hr_u8.shape[:2], lq_u8.shape[:2]
             if (height, width) != (scale * lq_height, scale * lq_width):
                 raise DataError(
-                    f"{path} is {width}x{height} pixels and its LR picture {ref.path} "
+                    f"{path} is {width}x{height} pixels and its LR picture {lq_path} "
                     f"{lq_width}x{lq_height}, not {scale} times smaller. Crop it, or remove the pair."
                 )
-        yield {"key": ref.key, "lq": lq_u8, "hr": hr_u8}
+        yield {"key": file.key, "lq": lq_u8, "hr": hr_u8}
 
 
-def check_pairs(lq_uri: str, lq_refs: Sequence[ImageRef], hr_uri: str, hr_refs: Sequence[ImageRef]) -> None:
+def _read(folder: str, key: str) -> tuple[np.ndarray, str]:
+    """A picture, and its path for messages."""
+    file_system, root = open_uri(folder)
+    path = f"{root}/{key}"
+    return decode(read_bytes(file_system, path), name=path), path
+
+
+def check_pairs(lq: Images, hr: Images) -> None:
     """Checks that every LR picture has exactly one HR picture.
 
     Raises:
-        DataError: One has none, or two pictures of a folder share a key.
+        DataError: One has none, or two pictures of a folder share a stem.
     """
-    for uri, refs in ((lq_uri, lq_refs), (hr_uri, hr_refs)):
-        keys = [pair_key(ref) for ref in refs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise DataError(f"{uri} has two pictures {twice[0]}.*, so pairs are ambiguous. Rename one.")
-    known = {pair_key(ref) for ref in hr_refs}
-    if alone := [ref.key for ref in lq_refs if pair_key(ref) not in known]:
+    for images in (lq, hr):
+        stems = Counter(stem(file.key) for file in images.files)
+        if twice := sorted(key for key, number in stems.items() if number > 1):
+            raise DataError(
+                f"{images.folder} has two pictures {twice[0]}.*, so pairs are ambiguous. Rename one."
+            )
+    known = {stem(file.key) for file in hr.files}
+    if alone := [file.key for file in lq.files if stem(file.key) not in known]:
         raise DataError(
-            f"{len(alone)} of {len(lq_refs)} pictures under {lq_uri} have no HR picture of the same name "
-            f"under {hr_uri}: {', '.join(alone[:3])}. Rename them, or set data.test_uri= to score without "
+            f"{len(alone)} of {len(lq.files)} pictures under {lq.folder} have no HR picture of the same name "
+            f"under {hr.folder}: {', '.join(alone[:3])}. Rename them, or set data.test_uri= to score without "
             "references."
         )
-
-
-def pair_key(ref: ImageRef) -> str:
-    """The key without its suffix, which the two pictures of a pair share."""
-    return str(PurePosixPath(ref.key).with_suffix(""))
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,17 @@ class HeldOut:
     data: DataConfig
     pictures: Pictures | None
     """HR pictures of data.test_uri that are degraded; None if there are LR pictures."""
-    refs: tuple[ImageRef, ...] = ()
-    """HR references of `lq_refs`, from data.test_uri."""
-    lq_refs: tuple[ImageRef, ...] = ()
+    lq: Images | None = None
     """LR pictures of data.test_lq_uri."""
+    hr: Images | None = None
+    """Their HR references, from data.test_uri."""
 
     def rows(self, trained: RunConfig) -> Iterable[Mapping[str, Any]]:
         """Key, lq and hr of every sample, for a model trained with the config `trained`."""
         scale = trained.network.scale
-        if self.pictures is None:
-            return whole_pictures(
-                self.data.test_lq_uri, self.lq_refs, self.data.test_uri, self.refs, scale=scale
-            )
+        if self.lq:
+            return whole_pictures(self.lq, self.hr, scale=scale)
+        assert self.pictures is not None
         return val_samples(
             self.pictures,
             hr_crop_size=self.data.eval_crop_size,
@@ -98,8 +100,8 @@ class HeldOut:
     def protocol(self) -> str:
         """What the scores mean, in one line."""
         d = self.data
-        if self.lq_refs:
-            what = f"whole pictures of {d.test_lq_uri}" + (f" against {d.test_uri}" if self.refs else "")
+        if self.lq:
+            what = f"whole pictures of {d.test_lq_uri}" + (f" against {d.test_uri}" if self.hr else "")
         else:
             what = f"centre {d.eval_crop_size} px of {d.test_uri}, degraded in {d.eval_draws} ways"
         border = f"{d.eval_crop_border} px of border cropped"
@@ -117,11 +119,22 @@ def find_held_out(data: DataConfig) -> HeldOut:
         "set data.test_uri, data.test_lq_uri or both: there is nothing to evaluate on.",
     )
     if not data.test_lq_uri:
-        pictures = find_pictures(data.test_uri)
+        with about_setting("data.test_uri"):
+            pictures = find_pictures(data.test_uri)
         check_images(pictures, hr_crop_size=data.eval_crop_size)
         return HeldOut(data, pictures)
-    refs = list_images(data.test_uri) if data.test_uri else ()
-    lq_refs = list_images(data.test_lq_uri)
-    if refs:
-        check_pairs(data.test_lq_uri, lq_refs, data.test_uri, refs)
-    return HeldOut(data, None, refs, lq_refs)
+    hr = None
+    if data.test_uri:
+        with about_setting("data.test_uri"):
+            hr = _listed(data.test_uri)
+    with about_setting("data.test_lq_uri"):
+        lq = _listed(data.test_lq_uri)
+    if hr:
+        check_pairs(lq, hr)
+    return HeldOut(data, None, lq, hr)
+
+
+def _listed(uri: str) -> Images:
+    found = list_images(uri)
+    refuse_unusable(uri, [file.problem for file in found.files])
+    return found

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from shlex import quote
 
 import pyarrow as pa
 
-from ctmsr.errors import DataError
+from ctmsr.errors import DataError, StoreError
 
 from ..infra.listing import list_images
 from ..infra.storage import open_uri, read_bytes
@@ -33,9 +35,23 @@ class Pictures:
     """URI of the folder of LR pictures; empty if LR is made by degradation."""
     scale: int | None = None
     """HR/LQ ratio of the LR pictures, if there are any."""
+    num_others: int = 0
+    """Files of the folder that are left out, as their names do not end like a picture's."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@contextmanager
+def about_setting(key: str) -> Iterator[None]:
+    """Errors of the `with` block begin with the key that names the pictures, and end with how to set it."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except DataError as error:
+        part = key.removeprefix("data.").partition("_")[0]
+        raise DataError(f"{key}: {error} Set another: --set {key}=photos/{part}") from error
 
 
 def find_pictures(uri: str) -> Pictures:
@@ -46,14 +62,29 @@ def find_pictures(uri: str) -> Pictures:
     """
     if uri.rstrip("/").endswith(INDEX_SUFFIX):
         return _read_index(uri)
-    refs = list_images(uri)
-    _, path = open_uri(uri)
-    folder = uri if "://" in uri else path  # absolute, as tasks run in another working directory
-    if refs[0].path == path:  # the URI of a single picture
-        folder = folder.removesuffix(refs[0].key)
-    version = _hash([f"{ref.key} {ref.size}" for ref in refs])
-    keys = pa.table({"key": pa.array([ref.key for ref in refs], pa.large_string())})
-    return Pictures(uri, ListedKeys(keys), folder.rstrip("/"), version)
+    found = list_images(uri)
+    refuse_unusable(uri, [file.problem for file in found.files])
+    version = _hash([f"{file.key} {file.size}" for file in found.files])
+    keys = pa.table({"key": pa.array([file.key for file in found.files], pa.large_string())})
+    return Pictures(uri, ListedKeys(keys), found.folder, version, num_others=found.num_others)
+
+
+def refuse_unusable(uri: str, problems: Sequence[str], how: str = "listed") -> None:
+    """Says what is wrong with pictures of a plain folder, and how to set them aside.
+
+    Args:
+        uri: The folder.
+        problems: Of every picture looked at; empty for a good one.
+        how: They were looked at.
+
+    Raises:
+        DataError: At least one of them has a problem.
+    """
+    if bad := [problem for problem in problems if problem]:
+        raise DataError(
+            f"{len(bad)} of {len(problems)} pictures {how} under {uri} are unusable. "
+            f"{bad[0]} `python -m pipelines.index {quote(uri)}` finds all of them and sets them aside."
+        )
 
 
 def _read_index(uri: str) -> Pictures:

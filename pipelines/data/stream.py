@@ -19,13 +19,13 @@ import ray.data
 import ray.train
 
 from ctmsr.degradation.recipe import DegradationConfig, degrade
-from ctmsr.errors import DataError
+from ctmsr.errors import DataError, StoreError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
 from ctmsr.rng import sample_rng
 
 from ..infra.ray_data import configured, in_order
 from ..infra.storage import open_uri, read_bytes
-from .pictures import Pictures
+from .pictures import Pictures, refuse_unusable
 from .sample_order import NO_SAMPLE, OrderVersion, SampleOrder, sample_table
 
 _VAL_BLOCK_ROWS = 8
@@ -66,21 +66,16 @@ def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
     keys = pictures.keys.take(checked)["key"].to_pylist()
     file_system, root = open_uri(pictures.folder)
 
-    def problem(key: str) -> str | None:
+    def problem(key: str) -> str:
         path = f"{root}/{key}"
         try:
             center_crop(decode(read_bytes(file_system, path), name=path), hr_crop_size, name=path)
         except DataError as error:
             return str(error)
-        return None
+        return ""
 
     with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        problems = [text for text in pool.map(problem, keys) if text]
-    if problems:
-        raise DataError(
-            f"{len(problems)} of {len(checked)} pictures checked under {pictures.uri} are unusable. "
-            f"{problems[0]} `python -m pipelines.index {pictures.uri}` finds all of them and sets them aside."
-        )
+        refuse_unusable(pictures.uri, list(pool.map(problem, keys)), "checked")
 
 
 def train_stream(
@@ -224,9 +219,9 @@ def _fetch(wanted: tuple[str, str | None], spec: _SampleSpec) -> list[tuple[str,
         try:
             path = f"{root}/{name}"
             files.append((path, read_bytes(file_system, path)))
+        except StoreError:
+            raise  # which is no fault of the picture
         except DataError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                raise  # the store is at fault, not the picture
             return str(error)
     return files
 

@@ -11,6 +11,7 @@ reason; nothing is deleted. An index is a folder:
 
 import argparse
 import json
+import shlex
 
 from ctmsr.config import check
 
@@ -25,7 +26,7 @@ examples:
     python -m pipelines.index s3://bucket/hr --lq s3://bucket/lr --out s3://bucket/pairs.index
 
 reasons for quarantine:
-  unreadable  not a picture, or damaged       truncated   the file ends early
+  unreadable  damaged, or access is denied    truncated   the file ends early
   too-small   a side below --min-side         bomb        too many pixels to decode safely
   mode        no fixed white level            duplicate   same bytes as another picture, which is kept
   missing-lq  no LR picture of the same name  bad-lq      LR picture unreadable or of the wrong size
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     for reason, number in summary["quarantined"].items():
         print(f"  {reason:<12}{number}")
     print(f"written: {out}  version {summary['version']}")
-    print(f"next: python -m pipelines.train --set data.train_uri={out}")
+    print(f"next: python -m pipelines.train --set {shlex.quote(f'data.train_uri={out}')}")
     return 0
 
 

@@ -26,15 +26,14 @@ from ctmsr.errors import DataError
 from ..data.keys import BATCH_ROWS, index_file, keys_file, write_keys
 from ..data.pictures import SUMMARY_FILE
 from ..infra.exit_status import root_cause
-from ..infra.listing import IMAGE_SUFFIXES, Listed, iter_images, list_files
-from ..infra.progress import duration
+from ..infra.listing import Listed, iter_images, list_files, stem
+from ..infra.progress import Bar, Screen, duration
 from ..infra.ray_data import configured
 from ..infra.storage import open_uri, read_bytes, write_bytes
-from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, stem, write_table
+from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, write_table
 
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
-_SHOW_EVERY_S = 5.0
 _READ_THREADS = 8
 
 
@@ -44,7 +43,7 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
     Raises:
         DataError: No picture is usable, or the store fails.
     """
-    lq = {stem(file.key): file for file in iter_images(settings.lq_uri)} if settings.lq_uri else {}
+    lq = _lq_pictures(settings.lq_uri) if settings.lq_uri else {}
     file_system, root = open_uri(out)
     listing = file_system.get_file_info(fs.FileSelector(f"{root}/parts", allow_not_found=True))
     existing = {info.base_name for info in listing}
@@ -54,26 +53,41 @@ def build_index(settings: Settings, out: str) -> dict[str, Any]:
         nonlocal num_files
         for file in list_files(settings.uri):
             num_files += 1
-            if file.key.lower().endswith(IMAGE_SUFFIXES):
+            if file.is_image:
                 yield file
 
     names: list[str] = []
-    progress = _ScanProgress(settings.uri)
     cut = chunks(counted())
-    while some := list(islice(cut, _ROUND_CHUNKS)):
-        todo = []
-        for chunk in some:
-            names.append(f"{part_name(chunk, lq, settings)}.parquet")
-            if names[-1] in existing:
-                progress.reused += len(chunk)
-                continue
-            lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
-            files = [asdict(file) for file in chunk]
-            todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
-        if todo:
-            _scan(todo, settings, progress)
-    progress.end()
+    with Screen() as screen:
+        progress = _ScanProgress(settings.uri, screen)
+        while some := list(islice(cut, _ROUND_CHUNKS)):
+            todo = []
+            for chunk in some:
+                names.append(f"{part_name(chunk, lq, settings)}.parquet")
+                if names[-1] in existing:
+                    progress.reused += len(chunk)
+                    continue
+                lq_keys = [pair.key if (pair := lq.get(stem(file.key))) else None for file in chunk]
+                files = [asdict(file) for file in chunk]
+                todo.append({"files": files, "lq_keys": lq_keys, "part_uri": f"{out}/parts/{names[-1]}"})
+            if todo:
+                _scan(todo, settings, progress)
+        progress.end()
     return merge([f"{root}/parts/{name}" for name in names], settings, out, num_files)
+
+
+def _lq_pictures(uri: str) -> dict[str, Listed]:
+    """The LR pictures by stem."""
+    found: dict[str, Listed] = {}
+    for file in iter_images(uri):
+        if file.problem:
+            raise DataError(file.problem)
+        if other := found.get(stem(file.key)):
+            raise DataError(
+                f"{uri} has both {other.key} and {file.key}, so pairs are ambiguous. Rename or remove one."
+            )
+        found[stem(file.key)] = file
+    return found
 
 
 def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgress") -> None:
@@ -184,13 +198,14 @@ def _at(column: pa.ChunkedArray, rows: np.ndarray) -> list[Any]:
 
 
 class _ScanProgress:
-    """The progress line: pictures/s, MB/s and the time left.
+    """The progress: pictures/s, MB/s and the time left.
 
     The scan lists the folder as it goes, so the total comes from a second listing that only counts.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._started = self._shown = time.monotonic()
+    def __init__(self, uri: str, screen: Screen) -> None:
+        self._started = time.monotonic()
+        self._screen = screen
         self._pictures, self._bytes = 0, 0
         self._listed, self._is_whole = 0, False
         self.reused = 0
@@ -205,21 +220,20 @@ class _ScanProgress:
 
     def show(self, pictures: int, num_bytes: int) -> None:
         self._pictures, self._bytes = self._pictures + pictures, self._bytes + num_bytes
-        now = time.monotonic()
-        if now - self._shown > _SHOW_EVERY_S:
-            self._shown = now
-            print(self, flush=True)
+        self._screen.show(self._bar())
 
     def end(self) -> None:
-        print(self, flush=True)
+        self._screen.end()
+        self._screen.say(str(self._bar()))
 
-    def __str__(self) -> str:
+    def _bar(self) -> Bar:
         elapsed_s = time.monotonic() - self._started
-        known = f"  {self.reused} scanned before" if self.reused else ""
-        left = max(0, self._listed - self.reused - self._pictures)
-        if left and self._is_whole:
-            known += f"  {left} to go, ETA {duration(left * elapsed_s / max(self._pictures, 1))}"
-        return (
-            f"scanned {self._pictures} pictures  {self._pictures / elapsed_s:.0f}/s  "
-            f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s{known}"
-        )
+        rate = self._pictures / elapsed_s
+        facts = [f"{rate:.0f}/s", f"{self._bytes / 1e6 / elapsed_s:.1f} MB/s"]
+        if self.reused:
+            facts.append(f"{self.reused} scanned before")
+        done = self.reused + self._pictures
+        left = max(0, self._listed - done) if self._is_whole else 0
+        if left:
+            facts = [f"{left} to go, ETA {duration(left / max(rate, 1e-3))}", *facts]
+        return Bar(f"scanned {self._pictures} pictures", done, done + left if left else 0, tuple(facts))

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ctmsr.errors import DataError, PictureError
+from ctmsr.errors import DataError, PictureError, StoreError
 from ctmsr.image import FORMATS, decode
 
-from ..infra.listing import Listed
+from ..infra.listing import Listed, stem
 from ..infra.storage import open_uri, read_bytes, write_bytes
 
 SCALES = (2, 3, 4)
@@ -75,12 +75,6 @@ def part_name(chunk: list[Listed], lq: dict[str, Listed], settings: Settings) ->
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def stem(key: str) -> str:
-    """The key without its suffix, which the two pictures of a pair share."""
-    folder, slash, name = key.rpartition("/")
-    return folder + slash + (name.rpartition(".")[0] or name)
-
-
 def scan_chunk(chunk: list[Listed], lq_keys: list[str | None], settings: Settings, part_uri: str) -> None:
     """Scans a chunk and writes its rows to `part_uri`, atomically.
 
@@ -108,6 +102,8 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
         "detail": "",
     }
     try:
+        if file.problem:
+            raise PictureError(file.problem, "unreadable")
         data, path = _read(settings.uri, file.key)
         row["sha256"] = hashlib.sha256(data).hexdigest()
         row |= _inspect(data, path)
@@ -155,10 +151,12 @@ def _read(folder: str, key: str) -> tuple[bytes, str]:
     path = f"{root}/{key}"
     try:
         return read_bytes(file_system, path), path
+    except StoreError:
+        raise
     except DataError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        raise PictureError(f"{path} was deleted while it was being indexed.", "gone") from error
+        if not isinstance(error.__cause__, PermissionError):
+            raise PictureError(f"{path} was deleted while it was being indexed.", "gone") from error
+        raise PictureError(str(error), "unreadable") from error
 
 
 _open = lru_cache(maxsize=4)(open_uri)

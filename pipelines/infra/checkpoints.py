@@ -66,7 +66,8 @@ def find(run_uri: str) -> Stored:
     found = newest(run_uri)
     if found is None:
         raise CheckpointError(
-            f"there is no complete checkpoint under {run_uri}. Train first, or set name and storage_uri."
+            f"there is no complete checkpoint under {run_uri}. Train first, or name its run: --set name=NAME"
+            " (and storage_uri, if it is elsewhere)."
         )
     return found
 

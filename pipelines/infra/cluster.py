@@ -81,6 +81,8 @@ def ray_cluster() -> Iterator[None]:
         os.environ.setdefault(name, value)
     quieten_token_setup()
     _check_reachable(address)
+    is_here = address == "local"
+    print("starting Ray on this machine" if is_here else f"connecting to Ray at {address}", flush=True)
     _connect(address)
     try:
         yield

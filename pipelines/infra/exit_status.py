@@ -1,5 +1,6 @@
 """How every command ends: with an exit status and, for an error the user can fix, one line on stderr."""
 
+import io
 import logging
 import os
 import select
@@ -8,7 +9,7 @@ from collections.abc import Callable
 
 from ctmsr.errors import UserError
 
-from .invocation import as_typed
+from .invocation import as_typed, printable
 
 READER_GONE = 141  # 128 + SIGPIPE
 """Exit status when nobody reads the output any more, as shells report it."""
@@ -17,6 +18,8 @@ READER_GONE = 141  # 128 + SIGPIPE
 def run(main: Callable[[list[str] | None], int]) -> None:
     """Exits with main's status; a UserError becomes one line and status 2, Ctrl-C becomes status 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in letters that the terminal does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _status(main)
         sys.stdout.flush()
@@ -35,7 +38,7 @@ def _status(main: Callable[[list[str] | None], int]) -> int | str | None:
     except SystemExit as ended:  # raised by argparse
         return ended.code
     except UserError as error:
-        print(f"error: {as_typed(str(error))}", file=sys.stderr)
+        print(f"error: {printable(as_typed(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)

@@ -5,13 +5,18 @@ AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_A
 """
 
 import os
+import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
+from botocore.exceptions import BotoCoreError, ClientError
 from pyarrow import fs
 
 from ctmsr.config import check
@@ -28,12 +33,14 @@ to start with it: `ray.init(runtime_env={"env_vars": STORAGE_ENV})`.
 _CONNECT_TIMEOUT_S = 3
 _SILENCE_TIMEOUT_S = 4
 ATTEMPTS_TO_PROBE = 3
-_ATTEMPTS_TO_TRANSFER = 6
+ATTEMPTS_TO_TRANSFER = 6
+_making_client = threading.Lock()
+"""boto3 can make only one client at a time."""
 
 # Fragments of the clients' error messages and what they mean, in order of precedence.
 _CAUSES = (
     (
-        ("AWS Error NO_SUCH_BUCKET", "bucket does not exist"),
+        ("AWS Error NO_SUCH_BUCKET", "(NoSuchBucket)", "bucket does not exist"),
         "its bucket does not exist. Check the name and AWS_ENDPOINT_URL, or create the bucket",
     ),
     (
@@ -41,6 +48,10 @@ _CAUSES = (
             "AWS Error ACCESS_DENIED",
             "AWS Error INVALID_ACCESS_KEY_ID",
             "AWS Error SIGNATURE_DOES_NOT_MATCH",
+            "(AccessDenied)",
+            "(InvalidAccessKeyId)",
+            "(SignatureDoesNotMatch)",
+            "(403)",
             "ExpiredToken",
             "HTTP status 401",
             "HTTP status 403",
@@ -53,7 +64,13 @@ _CAUSES = (
         "GOOGLE_APPLICATION_CREDENTIALS; local: the file permissions), and what they grant access to",
     ),
     (
-        ("AWS Error NETWORK_CONNECTION", "AWS Error REQUEST_TIMEOUT", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+        (
+            "AWS Error NETWORK_CONNECTION",
+            "AWS Error REQUEST_TIMEOUT",
+            "endpoint URL",  # and so on: boto3 has a sentence for each way to fail
+            "UNAVAILABLE",
+            "DEADLINE_EXCEEDED",
+        ),
         "the store cannot be reached. Check AWS_ENDPOINT_URL and the network",
     ),
     (
@@ -63,19 +80,22 @@ _CAUSES = (
 )
 
 
-def open_uri(uri: str, *, attempts: int = _ATTEMPTS_TO_TRANSFER) -> tuple[fs.FileSystem, str]:
+def open_uri(uri: str, *, attempts: int = ATTEMPTS_TO_TRANSFER) -> tuple[fs.FileSystem, str]:
     """The file system of a URI, and the URI's path within it. Contacts no server.
 
     Args:
-        uri: s3://bucket/path, gs://bucket/path, file:///path, or a local path, which may be relative.
+        uri: s3://bucket/path, gs://bucket/path, file:///path, or a local path, which may be relative or begin
+            with `~`. Only file:/// has escapes: in the others, `%`, `#`, `?` and `+` are characters.
         attempts: How often a request to S3 is tried before it fails.
 
     Raises:
-        DataError: The URI or AWS_ENDPOINT_URL is malformed.
+        DataError: The URI or AWS_ENDPOINT_URL is malformed, or the name is not UTF-8.
     """
+    if "\0" in uri or not is_utf8(uri):
+        raise DataError(f"the name {uri!r} contains bytes that are not UTF-8, or a zero byte. Rename it.")
     scheme, separator, path = uri.partition("://")
     if not separator and uri:
-        return fs.LocalFileSystem(), os.path.abspath(uri)
+        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
     if scheme == "file" and path.startswith("/"):
         return fs.LocalFileSystem(), os.path.abspath(unquote(path))
     path = path.strip("/")
@@ -102,7 +122,7 @@ def check_outlives_job(name: str, uri: str) -> None:
         return
     path = uri.removeprefix("sqlite:///")
     check(
-        "://" in path or os.path.isabs(path),
+        "://" in path or os.path.isabs(os.path.expanduser(path)),
         f"{name}={uri} is a relative path, and this job runs in a copy of its working directory, which will "
         "be deleted. Use s3://bucket/folder, an MLflow server, or an absolute path shared by all nodes.",
     )
@@ -112,10 +132,19 @@ def read_bytes(file_system: fs.FileSystem, path: str) -> bytes:
     """The contents of a file.
 
     Raises:
-        DataError: It does not exist or cannot be read.
+        DataError: It does not exist, or its permissions forbid reading it.
+        StoreError: The store denies access or does not respond.
     """
-    with storage_errors(path), file_system.open_input_file(path) as file:
-        return file.read()
+    with storage_errors(path):
+        # pyarrow refuses these or resolves them; in S3 they are parts of a name like any other.
+        if isinstance(file_system, fs.S3FileSystem) and {"", ".", ".."} & set(path.split("/")):
+            bucket, _, key = path.partition("/")
+            return _reader().get_object(Bucket=bucket, Key=key)["Body"].read()
+        try:
+            with file_system.open_input_file(path) as file:
+                return file.read()
+        except PermissionError as error:  # of one local file; a store that denies access has no such error
+            raise DataError(f"{path} cannot be read: permission denied. Change its permissions.") from error
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -132,7 +161,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        beside = target.with_name(f".{secrets.token_hex(8)}.part")  # short, as the name may be of full length
         try:
             beside.write_bytes(data)
             beside.replace(target)
@@ -198,6 +227,32 @@ def list_sizes(uri: str) -> dict[PurePosixPath, int]:
     return {PurePosixPath(info.path).relative_to(root): info.size for info in files}
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name came as UTF-8; Python marks other bytes with characters that cannot be encoded again."""
+    return name.isascii() or name == name.encode(errors="ignore").decode()
+
+
+def s3_client(*, attempts: int = ATTEMPTS_TO_TRANSFER) -> Any:
+    """A boto3 client, for what pyarrow's file system does not offer; call it inside `storage_errors`."""
+    import boto3  # takes a second, which --help should not wait for
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=_SILENCE_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+    )
+    with _making_client:
+        session = boto3.Session(region_name=os.environ.get("AWS_REGION"))
+        if session.get_credentials() is None:  # a public bucket
+            config = config.merge(Config(signature_version=UNSIGNED))
+        return session.client("s3", config=config)
+
+
+_reader = lru_cache(maxsize=1)(s3_client)
+
+
 def _s3(attempts: int) -> fs.S3FileSystem:
     for name, value in STORAGE_ENV.items():
         os.environ.setdefault(name, value)
@@ -224,14 +279,19 @@ def file_infos(file_system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
     return [info for info in infos if info.type == fs.FileType.File]
 
 
+def is_no_such_key(error: Exception) -> bool:
+    """Whether S3 has answered boto3 that there is no such object."""
+    return isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey")
+
+
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
     """Turns the errors of file systems into a DataError or StoreError that says what to do about `place`."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise DataError(f"{place} does not exist. Check the path.") from error
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowInvalid, BotoCoreError, ClientError) as error:
+        if isinstance(error, FileNotFoundError) or is_no_such_key(error):
+            raise DataError(f"{place} does not exist. Check the path.") from error
         text = " ".join(str(error).split())
         cause = next((cause for marks, cause in _CAUSES if any(mark in text for mark in marks)), "it failed")
         raise StoreError(f"cannot use {place}: {cause}. The client reports: {text[:300]}") from error

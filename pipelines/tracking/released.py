@@ -84,7 +84,8 @@ def find_released(model: str | None, tracking_uri: str) -> Released:
 
 def _champion(tracking_uri: str) -> Released | None:
     """None if the registry has no champion, or is a database file that does not exist."""
-    if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not Path(database).expanduser().exists():
         return None
     from .models import NoSuchModelError, find_version
     from .runs import preflight

@@ -77,6 +77,11 @@ def preflight(tracking_uri: str) -> str:
             "tracking_uri must be http(s)://host:port of an MLflow server or sqlite:///file.db, "
             f"got {tracking_uri!r}."
         )
+    if {"%", "?"} & set(str(path)):  # which have a meaning in SQLAlchemy's URLs, and escapes confuse MLflow
+        raise TrackingError(
+            f"MLflow cannot use the database {path}: its path has a % or ? in it. Set tracking_uri to "
+            "another path, such as sqlite:////home/me/mlflow.db, or rename the folder."
+        )
     with tracking_errors(f"the MLflow database {path} cannot be used"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=60):
@@ -197,7 +202,8 @@ def find_run(tracking_uri: str, experiment_id: str, tags: Mapping[str, str]) -> 
     Raises:
         TrackingError: MLflow fails.
     """
-    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    quoted = {name: f'"{value}"' if "'" in value else f"'{value}'" for name, value in tags.items()}
+    condition = " and ".join(f"tags.`{name}` = {value}" for name, value in quoted.items())
     with tracking_errors("cannot look up the MLflow run to resume"):
         found = connect(tracking_uri).search_runs([experiment_id], condition, max_results=1)
     return found[0].info.run_id if found else None
@@ -304,7 +310,7 @@ def _refuse_login(tracking_uri: str) -> None:
 def _sqlite_path(tracking_uri: str) -> Path | None:
     """The absolute path in a sqlite URI; None for anything else."""
     path = tracking_uri.removeprefix(_SQLITE)
-    return Path(path).absolute() if path and path != tracking_uri else None
+    return Path(path).expanduser().absolute() if path and path != tracking_uri else None
 
 
 def first_line(error: BaseException) -> str:

@@ -26,14 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     config = resolve(arguments)
     if arguments.dry_run:
         return print_config(config)
+    print(f"reading {config.data.train_uri} and {config.data.val_uri}", flush=True)
     # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
+    from ctmsr.metrics.scoring import score_table
+
     from ..infra.cluster import ray_cluster
-    from ..infra.progress import progress_line
+    from ..infra.progress import counted, progress_line
     from .run import check_inputs, train
 
     inputs = check_inputs(config, fresh=arguments.fresh)
+    print(inputs)
     with ray_cluster(), progress_line() as progress:
         outcome = train(config, inputs, progress, fresh=arguments.fresh)
+    print(score_table({config.name: outcome.metrics}, counted(len(inputs.val), "held-out picture")))
     print(f"checkpoint: {outcome.checkpoint_uri}")
     print(f"next: python -m pipelines.evaluate --checkpoint {outcome.checkpoint_uri}")
     return 0

@@ -18,7 +18,7 @@ from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor
-from ..infra.progress import Progress
+from ..infra.progress import Progress, Scores
 from ..tracking.metric_logger import MetricLogger
 
 
@@ -81,7 +81,9 @@ class Reporter:
         )
         scale = self._config.network.scale
         evaluation = score(upscale_one, self._held_out, scale=scale, lpips=self._lpips)
-        self._log({f"val_{name}": value for name, value in evaluation.means.items()}, state.global_step)
+        means = evaluation.means
+        self._log({f"val_{name}": value for name, value in means.items()}, state.global_step)
+        self._queue.put_nowait(Scores(self._config.name, state.global_step, means))
         self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
         self._started += time.monotonic() - started  # excluded from the step rate
         return evaluation

@@ -20,10 +20,11 @@ from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.identity import RUN
 from ..config.run_config import RunConfig
-from ..data.pictures import Pictures, find_pictures
+from ..data.pictures import Pictures, about_setting, find_pictures
 from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
 from ..infra.checkpoints import checkpoint_uri, newest
 from ..infra.cluster import check_gpus
+from ..infra.progress import counted
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .retries import fit, steps_done
@@ -40,6 +41,11 @@ class Inputs:
     train: Pictures
     val: Pictures
     tracking_uri: str
+
+    def __str__(self) -> str:
+        others = self.train.num_others + self.val.num_others
+        left_out = f"; left out: {counted(others, 'other file')}" if others else ""
+        return f"{counted(len(self.train), 'picture')} to train on, {len(self.val)} held out{left_out}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,10 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
     """
     check_gpus(config.train.num_workers, use_gpu=config.train.use_gpu)
     check_outlives_job("storage_uri", config.storage_uri)
-    pictures, val = find_pictures(config.data.train_uri), find_pictures(config.data.val_uri)
+    with about_setting("data.train_uri"):
+        pictures = find_pictures(config.data.train_uri)
+    with about_setting("data.val_uri"):
+        val = find_pictures(config.data.val_uri)
     check_images(pictures, hr_crop_size=config.network.hr_size)
     check_images(val, hr_crop_size=config.data.eval_crop_size)
     for place in (pictures, val):
@@ -106,7 +115,11 @@ def train(
     if fresh:
         start_over(config)
     with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
-        if steps_done(config) < config.optim.total_steps:
+        if (done := steps_done(config)) < config.optim.total_steps:
+            since = f", from step {done}" if done else ""
+            progress.put_nowait(
+                f"{config.name}: starting {counted(config.train.num_workers, 'worker')}{since}"
+            )
             fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
     last = newest(config.run_uri)
     assert last is not None  # the last step writes one

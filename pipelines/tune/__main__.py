@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="delete what the search has done and start over")
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
+    if not arguments.dry_run:
+        print(f"reading {config.data.train_uri} and {config.data.val_uri}", flush=True)
     # Imported late: Ray and torch take seconds, and --help or a bad option should not wait for them.
     from ..infra.cluster import ray_cluster
     from ..infra.progress import progress_line
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         check_space(config)
         return print_config(config)
     inputs = check_search(config, fresh=arguments.fresh)
+    print(inputs)
     if warning := too_few(len(inputs.val)):
         print(warning)
     with ray_cluster(), progress_line() as progress:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import optuna
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -19,6 +20,8 @@ from .space import is_inside, search_space, with_point
 from .verdict import chosen, is_own
 
 _COLOURS = colormaps["viridis_r"]
+_NAMED_TRIALS = 16
+"""Most trials that a plot names, the best ones."""
 _LEAST_TRIALS = 4
 """Fewest trials from which to estimate which keys matter."""
 
@@ -49,7 +52,7 @@ def plots(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, bytes]:
 
 
 def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]:
-    """How well each key predicts whether a trial is in the better half of the ranking; they add up to 1.
+    """How well each key that varies predicts whether a trial is in the better half; they add up to 1.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) on ranks, as trials were scored at different steps.
     With a dozen trials it is no more than a hint; with fewer than four the result is empty.
@@ -60,12 +63,17 @@ def importances(config: RunConfig, trials: Sequence[Ranked]) -> dict[str, float]
         return {}
     study = study_of(space, [(one.trial.point, float(rank)) for rank, one in enumerate(trials)])
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(space))
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=_varied(config, trials))
+
+
+def _varied(config: RunConfig, trials: Sequence[Ranked]) -> list[str]:
+    """The keys of which the trials have more than one value."""
+    return [key for key in search_space(config.tune) if len({one.trial.point[key] for one in trials}) > 1]
 
 
 def _schedules(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
     """sigma_t and alpha_t over t, with a dot at every step of the curriculum's final trajectory."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     noise, residual = figure.subplots(1, 2)
     t = np.linspace(0, 1, 101)
     for one in reversed(trials):
@@ -76,26 +84,27 @@ def _schedules(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
             (residual, alphas, t**schedule.res_rho),
         ):
             style = _style(trials, one)
-            axes.plot(t, curve, **style)
+            axes.plot(t, curve, label=one.trial.name, **style)
             points = np.linspace(0, 1, len(levels)), levels.numpy()
             axes.plot(*points, **style | {"linestyle": "none", "marker": "o", "markersize": 4})
     noise.set(title="noise level", xlabel="t / N", ylabel="sigma_t")
     residual.set(title="residual weight", xlabel="t / N", ylabel="alpha_t")
     _add_colour_bar(figure, trials, [noise, residual])
+    _add_names(figure, trials, noise)
     return _png(figure)
 
 
 def _parallel(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
-    """A line per trial through its values; each axis spans the values tried."""
-    keys = list(search_space(config.tune))
+    """A line per trial through its values; each axis spans the values tried of a key that varies."""
+    keys = _varied(config, trials)
     columns = [[float(one.trial.point[key]) for one in trials] for key in keys]
     columns.append([one.objective for one in trials])
     labels = [*(key.rpartition(".")[2] for key in keys), "objective"]
-    figure = Figure(figsize=(1.6 * len(labels) + 2, 4.5), layout="constrained")
+    figure = Figure(figsize=(1.6 * len(labels) + 4, 4.5), layout="constrained")
     axes = figure.subplots()
     heights = np.array([_scaled(column) for column in columns])
     for number, one in reversed(list(enumerate(trials))):
-        axes.plot(heights[:, number], **_style(trials, one))
+        axes.plot(heights[:, number], label=one.trial.name, **_style(trials, one))
     ticks = [
         f"{label}\n{min(column):.4g} to {max(column):.4g}"
         for label, column in zip(labels, columns, strict=True)
@@ -104,6 +113,7 @@ def _parallel(config: RunConfig, trials: Sequence[Ranked]) -> bytes:
     axes.set(title="every trial; higher is larger", yticks=[])
     axes.grid(axis="x")
     _add_colour_bar(figure, trials, axes)
+    _add_names(figure, trials, axes)
     return _png(figure)
 
 
@@ -127,6 +137,13 @@ def _style(trials: Sequence[Ranked], one: Ranked) -> dict[str, Any]:
 def _add_colour_bar(figure: Figure, trials: Sequence[Ranked], axes: Any) -> None:
     bar = figure.colorbar(ScalarMappable(_norm(trials), _COLOURS), ax=axes)
     bar.set_label("objective: lower is better; dotted: stopped early")
+
+
+def _add_names(figure: Figure, trials: Sequence[Ranked], axes: Axes) -> None:
+    """A legend of the best trials, best first."""
+    names = [one.trial.name for one in trials[:_NAMED_TRIALS]]
+    lines = {line.get_label(): line for line in axes.lines}
+    figure.legend([lines[name] for name in names], names, loc="outside right upper", fontsize=7)
 
 
 def _norm(trials: Sequence[Ranked]) -> Normalize:

@@ -17,6 +17,7 @@ from ctmsr.errors import DataError, StoreError, UserError
 
 from ..config.identity import search_identity
 from ..config.run_config import RunConfig
+from ..infra.progress import Ended
 from ..infra.ray_internals import keep_secrets_out_of_trials
 from ..infra.storage import delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.metric_logger import MetricLogger
@@ -102,9 +103,9 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = 
 class _Proposals(Searcher):
     """Gives Ray Tune the trials of a plan in order, except those that an earlier search finished."""
 
-    def __init__(self, plan: Plan, config: RunConfig) -> None:
+    def __init__(self, plan: Plan, config: RunConfig, progress: Queue) -> None:
         super().__init__()
-        self._plan, self._config = plan, config
+        self._plan, self._config, self._progress = plan, config, progress
         self._num_taken = 0
         self._trials: dict[str, Trial] = {}
 
@@ -133,6 +134,7 @@ class _Proposals(Searcher):
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Records a trial that failed."""
         trial = self._trials[trial_id]
+        self._progress.put_nowait(Ended(trial.name))
         if error or not self._plan.is_over(trial):
             self._plan.failed.add(trial.name)
 
@@ -164,7 +166,7 @@ def _run_trials(
     plan: Plan, config: RunConfig, inputs: Inputs, progress: Queue, run_id: str
 ) -> dict[str, str]:
     """Runs the trials of a plan; returns the errors of those that failed, by name."""
-    proposals = _Proposals(plan, config)
+    proposals = _Proposals(plan, config, progress)
     if proposals.upcoming() is None:
         return {}
     if num_over := sum(map(plan.is_over, plan.trials)):

@@ -9,7 +9,7 @@ import sys
 
 from ..config.command_line import add_model_options
 from ..infra.exit_status import run
-from ..infra.invocation import command_parser
+from ..infra.invocation import command_parser, printable
 
 EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     for outcome in outcomes:
         if outcome.problem:
             num_bad += 1
-            print(f"error: {outcome.problem}", file=sys.stderr, flush=True)
+            print(f"error: {printable(outcome.problem)}", file=sys.stderr, flush=True)
     if num_bad:
         print(f"error: {num_bad} of {len(pictures)} pictures could not be read.", file=sys.stderr)
     return 1 if num_bad else 0

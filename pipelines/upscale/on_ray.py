@@ -13,11 +13,10 @@ from ctmsr.errors import DataError, UserError
 
 from ..infra.cluster import ray_cluster
 from ..infra.exit_status import first_cause, root_cause
-from ..infra.progress import duration
+from ..infra.progress import Bar, Screen, duration
 from ..infra.ray_data import configured
 from .upscaler import Outcome, Picture, Settings, Upscaler
 
-_SHOW_EVERY_S = 10.0
 _BLOCKS_PER_WORKER = 64
 """Enough that all workers finish at about the same time; each block costs Ray Data a few milliseconds."""
 _THREADS = 2
@@ -28,7 +27,7 @@ _WORKER_BYTES = 4 << 30
 
 
 def upscale_many(pictures: list[Picture], settings: Settings) -> Iterator[Outcome]:
-    """Upscales the pictures, in order, printing a progress line now and then.
+    """Upscales the pictures, in order, and shows the progress.
 
     A worker that dies is replaced, and its pictures go to others.
 
@@ -36,11 +35,14 @@ def upscale_many(pictures: list[Picture], settings: Settings) -> Iterator[Outcom
         UserError: It stopped, and the message says why. Finished pictures stay in place.
     """
     progress = _Progress(len(pictures))
-    with ray_cluster():
+    with ray_cluster(), Screen() as screen:
         try:
             for row in _dataset(pictures, settings).iter_rows():
                 outcome = Outcome(**row)
                 progress.add(outcome)
+                screen.show(progress.bar)
+                if outcome.problem:
+                    screen.clear()
                 yield outcome
         except ray.exceptions.RayError as error:
             cause = first_cause(error)
@@ -85,12 +87,12 @@ def _workers() -> tuple[int, int, dict[str, Any]]:
 
 
 class _Progress:
-    """The progress line: how many pictures are done, images/s since the first, and the time left."""
+    """The progress: how many pictures are done, images/s since the first, and the time left."""
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._seen = self._made = self._bad = 0
-        self._first = self._shown = time.monotonic()
+        self._first = self._last = time.monotonic()
 
     def add(self, outcome: Outcome) -> None:
         now = time.monotonic()
@@ -99,17 +101,17 @@ class _Progress:
         self._seen += 1
         self._bad += bool(outcome.problem)
         self._made += not outcome.problem and not outcome.existed
-        if now - self._shown > _SHOW_EVERY_S or self._seen == self._total:
-            self._shown = now
-            print(self, flush=True)
+        self._last = now
 
-    def __str__(self) -> str:
+    @property
+    def bar(self) -> Bar:
         there = self._seen - self._made - self._bad
-        rate = max(0, self._made - 1) / max(self._shown - self._first, 1e-3)
-        parts = [f"upscaled {self._made} of {self._total} pictures", f"{rate:.1f} images/s"]
+        rate = max(0, self._made - 1) / max(self._last - self._first, 1e-3)
+        facts = [f"{rate:.1f} images/s"]
         if rate and self._seen < self._total:
-            parts.append(f"ETA {duration((self._total - self._seen) / rate)}")
-        parts += [
+            facts.append(f"ETA {duration((self._total - self._seen) / rate)}")
+        facts += [
             f"{number} {what}" for number, what in ((there, "done before"), (self._bad, "bad")) if number
         ]
-        return "  ".join(parts)
+        label = f"upscaled {self._made} of {self._total} pictures"
+        return Bar(label, self._seen, self._total, tuple(facts))

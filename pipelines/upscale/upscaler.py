@@ -46,6 +46,8 @@ class Picture:
     """Changes with the content."""
     target: str
     """Path below the output folder of the result, without `_x4.png`."""
+    problem: str = ""
+    """Why it cannot be read, if that is known already."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,11 @@ class Upscaler:
             TrackingError: The model cannot be fetched or loaded.
         """
         started = time.monotonic()
-        self._load()
         file_system, root = _open(picture.folder)
         path = f"{root}/{picture.key}"
+        if picture.problem:
+            return Outcome(path, problem=picture.problem)
+        self._load()
         name = f"{picture.target}_x{self._scale}.png"
         uri, note = f"{self._settings.output}/{name}", self._note(picture)
         if _has_note(self._settings.output, name, note):

@@ -30,6 +30,7 @@ from ctmsr.rng import sample_rng
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.stream import train_stream
 from pipelines.infra.storage import open_uri, read_bytes
+from tests.support.keys import keys_of
 
 from .store import bucket
 
@@ -157,7 +158,7 @@ def main() -> None:
     num_warm, num_timed = 480, arguments.images
     with bucket(arguments.photos, arguments.side) as uri:
         pictures = find_pictures(uri)
-        keys = pictures.keys.take(np.arange(len(pictures)))["key"].to_pylist()
+        keys = keys_of(pictures)
         file_system, root = open_uri(uri)
         files = {key: read_bytes(file_system, f"{root}/{key}") for key in keys}
         forms: dict[str, Callable[[], float]] = {

@@ -28,6 +28,7 @@ from pipelines.tracking.runs import connect
 from pipelines.train.run import check_inputs, train
 from pipelines.tune.run import check_search, search
 from tests.conftest import S3
+from tests.support.keys import keys_of
 from tests.support.registering import register_stated, write_checkpoint
 from tests.support.repository import FIXTURES
 from tests.support.runs import run_named
@@ -86,8 +87,7 @@ def test_an_index_is_read_and_a_scan_knows_its_pictures(
     world: World, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = find_pictures(world.config.data.train_uri)
-    keys = pictures.keys.take(np.arange(len(pictures)))["key"].to_pylist()
-    assert keys == ["astronaut.jpg", "coffee.jpg", "rocket.jpg"]
+    assert keys_of(pictures) == ["astronaut.jpg", "coffee.jpg", "rocket.jpg"]
     assert pictures.version == find(world.config.run_uri).meta["train_version"]
     assert index(["s3://before/photos"]) == 0
     assert "scanned 0 pictures" in capsys.readouterr().out

@@ -52,7 +52,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         assert time.monotonic() - started < LIMIT_S
         printed = capsys.readouterr()
         assert exit_info.value.code == 2
-        assert printed.out == ""
+        assert printed.out == "" or (printed.out.startswith("reading ") and printed.out.count("\n") == 1)
         assert printed.err.startswith("error: ")
         assert printed.err.count("\n") == 1
         return printed.err
@@ -124,6 +124,49 @@ def test_a_mistake_in_a_terminal_is_one_line() -> None:
     assert ended.returncode == 2
     assert ended.stderr == "error: unknown config key netwrok.scale. Did you mean network?\n"
     assert ended.stdout == ""
+
+
+def test_output_that_nobody_reads_on_is_no_error() -> None:
+    command = f"{sys.executable} -m pipelines.train --keys --preset published | head -1"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert (ended.stdout, ended.stderr) == ('name = "ctmsr"\n', "")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_help_is_there_at_once(name: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", f"pipelines.{name}", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    loaded = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert not {"torch", "ray", "mlflow", "boto3", "cv2"} & loaded
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            train,
+            "data.train_uri: data/train does not exist. Check the path. Set another: --set data.train_uri=",
+        ),
+        (
+            tune,
+            "data.train_uri: data/train does not exist. Check the path. Set another: --set data.train_uri=",
+        ),
+        (
+            evaluate,
+            "there is no complete checkpoint under runs/ctmsr. Train first, or name its run: --set name=",
+        ),
+        (
+            register,
+            "there is no complete checkpoint under runs/ctmsr. Train first, or name its run: --set name=",
+        ),
+    ],
+)
+def test_without_arguments_the_key_to_set_is_named(
+    refused: Refused, command: ModuleType, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -119,6 +119,22 @@ def test_a_relative_path_is_made_absolute_for_the_workers(uri: str, monkeypatch:
     assert preflight("sqlite:///new/mlflow.db") == uri
 
 
+@pytest.mark.parametrize("name", ["a%20b", "a?b"])
+def test_a_path_that_mlflow_would_read_as_another_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"its path has a % or \? in it\. Set tracking_uri"):
+        preflight(f"sqlite:///{tmp_path}/{name}/mlflow.db")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_home_folder_and_a_quote_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    uri = preflight("sqlite:///~/o'brien #1/mlflow.db")
+    assert uri == f"sqlite:///{tmp_path}/o'brien #1/mlflow.db"
+    experiment_id, tags = ensure_experiment(uri, "quoted"), {"storage": "/home/o'brien/runs"}
+    with tracked_run(uri, experiment_id, "run", params={}, tags=tags) as run_id:
+        assert find_run(uri, experiment_id, tags) == run_id
+
+
 def test_drivers_that_start_together_share_a_new_database(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     code = f"from pipelines.tracking.runs import *; print(ensure_experiment(preflight({uri!r}), 'toy'))"

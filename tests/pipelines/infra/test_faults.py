@@ -54,7 +54,7 @@ def test_a_fault_now_and_then_is_not_seen(s3: S3, bucket: str, kind: str) -> Non
     with failing(s3, **{kind: 0.2}) as proxy:
         file_system, root = open_uri(bucket)
         assert {key: read_bytes(file_system, f"{root}/{key}") for key in FILES} == FILES
-        assert [ref.key for ref in list_images(bucket)] == sorted(FILES)
+        assert [file.key for file in list_images(bucket).files] == sorted(FILES)
         write_bytes(f"{bucket}/out/x.bin", FILES["00.png"])
         assert read_bytes(file_system, f"{root}/out/x.bin") == FILES["00.png"]
     assert proxy.counts[kind] >= 3

@@ -25,22 +25,25 @@ def test_pictures_are_listed_by_key_whatever_the_store(store: Store) -> None:
     uri = store(
         {"x/b.PNG": b"22", "x/a.jpg": b"1", "x/deep/c.webp": b"333", "x/notes.txt": b"", "y.png": b""}
     )
-    refs = list_images(f"{uri}/x/")
-    assert [(ref.key, ref.size) for ref in refs] == [("a.jpg", 1), ("b.PNG", 2), ("deep/c.webp", 3)]
-    file_system, _ = open_uri(uri)
-    assert [read_bytes(file_system, ref.path) for ref in refs] == [b"1", b"22", b"333"]
+    found = list_images(f"{uri}/x/")
+    assert [(file.key, file.size) for file in found.files] == [("a.jpg", 1), ("b.PNG", 2), ("deep/c.webp", 3)]
+    assert (found.folder, found.num_others) == (f"{uri}/x", 1)
+    file_system, root = open_uri(found.folder)
+    assert [read_bytes(file_system, f"{root}/{file.key}") for file in found.files] == [b"1", b"22", b"333"]
 
 
 def test_a_picture_is_a_list_of_one(store: Store) -> None:
-    (ref,) = list_images(f"{store({'x/b.png': b'22'})}/x/b.png")
-    assert (ref.key, ref.size) == ("b.png", 2)
+    uri = store({"x/b.png": b"22"})
+    found = list_images(f"{uri}/x/b.png")
+    assert [(found.folder, file.key, file.size) for file in found.files] == [(f"{uri}/x", "b.png", 2)]
 
 
 def test_relative_paths_and_file_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(str(tmp_path / "a b" / "x.png"), b"1")
     monkeypatch.chdir(tmp_path)
     expected = list_images(str(tmp_path / "a b"))
-    assert list_images("a b") == list_images(f"file://{tmp_path}/a%20b") == expected
+    assert list_images("a b") == expected
+    assert list_images(f"file://{tmp_path}/a%20b").files == expected.files
 
 
 def test_writing_replaces_and_leaves_nothing_else(store: Store) -> None:
@@ -99,7 +102,7 @@ def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
         pytest.raises(DataError, match=r"access is denied\. Check AWS_ACCESS_KEY_ID"),
     ):
         list_images(uri)
-    assert len(list_images(uri)) == 1
+    assert len(list_images(uri).files) == 1
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://host"])

@@ -27,6 +27,7 @@ from pipelines.infra.checkpoints import fetched, find, newest
 from pipelines.register.__main__ import main as register_main
 from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect
+from pipelines.train.__main__ import main as train_main
 from pipelines.train.run import check_inputs
 from pipelines.upscale.__main__ import main as upscale_main
 from tests.conftest import S3
@@ -80,10 +81,17 @@ def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> N
     assert any("MapBatches(_val_rows)" in name for name in names), sorted(set(names))
 
 
-def test_a_finished_run_started_again_ends_at_once(trained: Trained) -> None:
+def test_a_finished_run_started_again_ends_at_once(
+    trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = run_to_end(trained.config)
     assert again.checkpoint_uri == trained.outcome.checkpoint_uri
     assert again.metrics == trained.outcome.metrics
+    assert train_main(trained.options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    starts = ["reading", "5", "PSNR-Y", "bicubic", "first", "checkpoint:", "next:"]
+    assert [line.split()[0] for line in lines] == starts
+    assert lines[1] == "5 pictures to train on, 5 held out"
 
 
 def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +222,11 @@ def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_al
     intact = replace(inputs, val=find_pictures(trained.config.data.val_uri))
     run_to_end(tolerant, intact)
     assert find(tolerant.run_uri).step == TOTAL_STEPS
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: skipped")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tolerant: starting 1 worker"
+    scored = [line.split() for line in lines if line.startswith("tolerant  step ")]
+    assert [words[2:4] for words in scored] == [[str(step), "LPIPS"] for step in (4, 8, 12)]
+    told = [line for line in lines if line.startswith("warning: skipped")]
     assert told
     assert all("breaking/photos/coffee.png is not a readable picture" in line for line in told)
     with pytest.raises(UserError, match=r"evaluation failed\. DataError: breaking/photos/coffee\.png"):

@@ -80,9 +80,10 @@ def test_nested_values_tuples_and_optionals() -> None:
         ({"name": "x", "eggs": 3.0}, "eggs must be an integer, got 3.0."),
         ({"name": "x", "eggs": True}, "eggs must be an integer, got True."),
         ({"name": "x", "eggs": "3"}, "eggs must be an integer, got '3'."),
-        ({"name": "x", "minutes": [1]}, "minutes must be tuple[float, float], got [1]."),
-        ({"name": "x", "minutes": "12"}, "minutes must be tuple[float, float], got '12'."),
+        ({"name": "x", "minutes": [1]}, "minutes must be 2 numbers, such as 0.5,1.5, got [1]."),
+        ({"name": "x", "minutes": "12"}, "minutes must be 2 numbers, such as 0.5,1.5, got '12'."),
         ({"name": "x", "minutes": [1, "2"]}, "minutes[1] must be a number, got '2'."),
+        ({"name": "x", "layers": 3}, "layers must be integers, such as 1,2,3, got 3."),
         ({"name": "x", "layers": [1, 2.5]}, "layers[1] must be an integer, got 2.5."),
         ({"name": "x", "oven": {"degrees": True}}, "oven.degrees must be a number, got True."),
         ({"name": "x", "oven": {"fan": 1}}, "oven.fan must be true or false, got 1."),
@@ -105,6 +106,20 @@ def test_override_reaches_into_sections_and_leaves_its_input_alone() -> None:
         name="x", icing="sugar = glaze", layers=(2, 1), eggs=4, oven=Oven(degrees=210.0, fan=True)
     )
     assert data == to_dict(Cake(name="x"))
+
+
+def test_a_name_that_looks_like_a_number_stays_a_name() -> None:
+    data = {"name": "x", "icing": "sugar", "eggs": 1}
+    changed = override(data, ["name=2024", "icing=true", "eggs=2"])
+    assert changed == {"name": "2024", "icing": "true", "eggs": 2}
+
+
+@pytest.mark.parametrize("text", ["2,1", "[2, 1]", " 2 , 1"])
+def test_a_list_needs_no_brackets(text: str) -> None:
+    assert override({"layers": [1, 2, 3]}, [f"layers={text}"]) == {"layers": [2, 1]}
+    assert override({"layers": [1, 2, 3]}, ["layers=4"]) == {"layers": [4]}
+    assert override({"layers": [1, 2, 3]}, ["layers=[]"]) == {"layers": []}
+    assert override({"layers": []}, ["layers=up, down.*"]) == {"layers": ["up", "down.*"]}
 
 
 def test_override_can_unset_an_optional() -> None:

@@ -347,6 +347,17 @@ def test_too_few_pictures_are_told_before_the_search() -> None:
     assert too_few(5) == ""
 
 
+def test_plots_leave_out_keys_that_did_not_vary() -> None:
+    widths = []
+    for fixed in ((), ("tune.s0=[3]", "tune.s1=[3]")):
+        config = config_of("tune.num_trials=12", "schedule.s0=3", "schedule.s1=3", *fixed)
+        ranked = run(config, by_chance, random.Random(0)).ranking()
+        keys = {"schedule.s0", "schedule.s1"}
+        assert keys & set(importances(config, ranked)) == (set() if fixed else keys)
+        widths.append(decode(plots(config, ranked)["parallel.png"], name="").shape[1])
+    assert widths[1] < widths[0]
+
+
 @pytest.mark.parametrize("num_trials", [1, 2, 12])
 def test_plots_are_pictures(num_trials: int) -> None:
     config = config_of(f"tune.num_trials={num_trials}")

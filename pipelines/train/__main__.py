@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     from .run import check_inputs, train
 
     inputs = check_inputs(config, fresh=arguments.fresh)
+    if inputs.start:
+        print(inputs.start, flush=True)
     with ray_cluster(), progress_line() as progress:
         outcome = train(config, inputs, progress, fresh=arguments.fresh)
     print(f"checkpoint: {outcome.checkpoint_uri}")

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         check_space(config)
         return print_config(config)
     inputs = check_search(config, fresh=arguments.fresh)
+    if inputs.start:
+        print(inputs.start)
     if warning := too_few(len(inputs.val)):
         print(warning)
     with ray_cluster(), progress_line() as progress:

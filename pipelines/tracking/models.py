@@ -6,8 +6,10 @@ registries that you trust.
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -19,6 +21,9 @@ from mlflow.pyfunc import PyFuncModel
 from ctmsr.errors import TrackingError
 
 from .runs import connect, tracking_errors
+
+CHECKPOINT = "artifacts/checkpoint"
+"""Where the files of a version have the checkpoint."""
 
 
 class NoSuchModelError(TrackingError):
@@ -42,13 +47,16 @@ def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
     return load_from(tracking_uri, source, model_uri)
 
 
-def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFuncModel:
+def load_from(
+    tracking_uri: str, source: str, name: str = "the model", device: str | None = None
+) -> PyFuncModel:
     """Loads the model whose files are at `source`.
 
     Args:
         tracking_uri: From `runs.preflight`.
         source: Where MLflow keeps the files of a version or of a logged model.
         name: For messages.
+        device: Where to compute, one of DEVICES; None leaves the choice to the model.
 
     Raises:
         TrackingError: The files cannot be fetched, or do not load.
@@ -59,7 +67,10 @@ def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFunc
                 source, dst_path=scratch, tracking_uri=tracking_uri, registry_uri=tracking_uri
             )
         try:
-            model: PyFuncModel = mlflow.pyfunc.load_model(folder, suppress_warnings=True)
+            settings = {"device": device} if device else None
+            model: PyFuncModel = mlflow.pyfunc.load_model(
+                folder, suppress_warnings=True, model_config=settings
+            )
         except Exception as error:  # the model's own code runs here and can raise anything
             raise TrackingError(
                 f"{name} was fetched from {tracking_uri} but does not load "
@@ -112,6 +123,7 @@ class Version:
     """`models:/name/version`."""
     source: str
     """Where its files are; tells it apart from a model of the same name in another registry."""
+    device: str | None = None
 
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """Loads it as a function of a uint8 (height, width, 3) picture and a seed; runs the model's own code.
@@ -119,16 +131,44 @@ class Version:
         Raises:
             TrackingError: The model cannot be fetched or does not load.
         """
-        model = load_from(self.tracking_uri, self.source, self.uri)
+        model = load_from(self.tracking_uri, self.source, self.uri, self.device)
         return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
 
 
-def find_version(tracking_uri: str, model_uri: str) -> Version:
+@contextmanager
+def fetched_version(tracking_uri: str, model_uri: str) -> Iterator[tuple[Path, str]]:
+    """The checkpoint inside a version, as a local folder for the duration of a `with` block, and its licence.
+
+    None of the version's code runs.
+
+    Args:
+        tracking_uri: From `runs.preflight`.
+        model_uri: The model.
+
+    Raises:
+        TrackingError: As `find_version`; or the version was not made by `pipelines.register`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        with tracking_errors(f"cannot fetch the weights of {model_uri} from {tracking_uri}"):
+            client = connect(tracking_uri)
+            found = named_version(client, model_uri)
+            source = client.get_model_version_download_uri(found.name, found.version)
+            folder = mlflow.artifacts.download_artifacts(
+                f"{source}/{CHECKPOINT}",
+                dst_path=scratch,
+                tracking_uri=tracking_uri,
+                registry_uri=tracking_uri,
+            )
+        yield Path(folder), found.tags.get("licence", "")
+
+
+def find_version(tracking_uri: str, model_uri: str, device: str | None = None) -> Version:
     """Finds the version that `models:/name@alias` or `models:/name/version` currently names.
 
     Args:
         tracking_uri: From `runs.preflight`.
         model_uri: The model.
+        device: Where to compute, one of DEVICES; None leaves the choice to the model.
 
     Raises:
         TrackingError: MLflow fails, or has no such model, alias or version; the message lists what it has.
@@ -137,4 +177,4 @@ def find_version(tracking_uri: str, model_uri: str) -> Version:
         client = connect(tracking_uri)
         found = named_version(client, model_uri)
         source = client.get_model_version_download_uri(found.name, found.version)
-    return Version(tracking_uri, f"models:/{found.name}/{found.version}", source)
+    return Version(tracking_uri, f"models:/{found.name}/{found.version}", source, device)

@@ -26,9 +26,9 @@ from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 
-from .machine import machine
+from .machine import card_of, machine
 from .plain import count_flops, plain_network
-from .train_step import PEAK_TFLOPS, synchronize, torch_defaults
+from .train_step import synchronize, torch_defaults
 
 Upscaler = Callable[[np.ndarray], np.ndarray]
 
@@ -137,12 +137,12 @@ def report(model: ConsistencyModel, found: list[Form], side: int, rounds: int, d
     size, scale = min(side, 64), model.config.scale
     x, lq = torch.zeros(1, 3, size * scale, size * scale), torch.zeros(1, 3, size, size)
     flops = count_flops(model, x.to(device), torch.ones(1, device=device), lq.to(device)) * (side / size) ** 2
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine(device)), None)
+    card = card_of(machine(device))
     print(f"\n{side} -> {scale * side}, {flops / 1e12:.2f} TFLOP")
     print(f"{'':28}{'ms':>9}{'pictures/s':>12}{'ratio':>7}{'MFU':>7}{'PSNR to float32, dB':>21}")
     rows = {}
     for name, one in seconds.items():
-        ratio, mfu = seconds["plain"] / one, flops / one / peak / 1e12 if peak else None
+        ratio, mfu = seconds["plain"] / one, flops / one / card.bf16 if card else None
         same = psnr_y(pictures[name], pictures["ours in float32"], crop_border=0) if name[0] == "+" else None
         rows[name] = {"ms": 1e3 * one, "ratio": ratio, "mfu": mfu, "psnr_to_float32": same}
         print(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model.attention import WindowAttention
 from ctmsr.model.device import use_fast_math
 from ctmsr.model.network import ConsistencyModel, bf16_copy
@@ -33,11 +33,9 @@ from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 
 from .kit import install
-from .machine import machine
+from .machine import card_of, machine
 from .plain import PlainTraining, count_flops
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
-"""Of dense bf16, without sparsity, for MFU."""
 Step = Callable[[Batch], float | Tensor]
 Result = TypeVar("Result")
 
@@ -56,6 +54,12 @@ class Variant:
     compile: bool = False
 
 
+PLAIN: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "+ no target call at n = 0": {"skip_known_target": True},
+    "+ fused attention": {"skip_known_target": True, "fused_attention": True},
+}
+"""Options of `PlainTraining` by row of the table."""
 OURS = Variant("+ fused AdamW and EMA, nothing read")
 GPU = (
     Variant("+ channels_last", channels_last=True),
@@ -82,6 +86,11 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
     if variant.channels_last:
         for module in (model, lpips):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return step_of(variant, model, lpips, config)
+
+
+def step_of(variant: Variant, model: ConsistencyModel, lpips: Lpips, config: RunConfig) -> Step:
+    """A function that makes one update of `model`; both networks have the variant's layout and precision."""
     state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
         compile_step(state)
@@ -163,12 +172,7 @@ def main() -> None:
     lpips = load_lpips("vgg").to(device)
     plain = partial(PlainTraining, model, config.recipe, lpips)
     steps: dict[str, Step] = {
-        name: as_torch_does(plain(**options).step)
-        for name, options in {
-            "plain": {},
-            "+ no target call at n = 0": {"skip_known_target": True},
-            "+ fused attention": {"skip_known_target": True, "fused_attention": True},
-        }.items()
+        name: as_torch_does(plain(**options).step) for name, options in PLAIN.items()
     }
     variants = [OURS, *(GPU if device == "cuda" else ())]
     if arguments.compiled:
@@ -210,9 +214,8 @@ def report(
             f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
         )
     seconds, _ = list(results.values())[-1]
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in place), None)
-    if peak:  # forward, and twice as much backward
-        print(f"MFU {3 * forward * size / seconds / peak / 1e12:.1%}, LPIPS not counted")
+    if card := card_of(place):  # forward, and twice as much backward
+        print(f"MFU {3 * forward * size / seconds / card.bf16:.1%}, LPIPS not counted")
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all variants together")
     else:
         print(

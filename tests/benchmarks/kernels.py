@@ -1,0 +1,323 @@
+"""The GPU kernels of a computation, found without a GPU: it runs on fake tensors, which have shapes but no memory.
+
+One operation of torch counts as one kernel, except where CUDA is known to do otherwise:
+
+- A view is free.
+- A convolution adds its bias in a second kernel. Its backward pass has one for each gradient.
+- A group norm has two: its statistics, then the result. It reads and writes NCHW, so in a channels-last network
+  its inputs are copied to NCHW, and back again by the convolution that follows.
+- An operation on a list of tensors has one kernel per some dozens of them.
+
+On CPUs and fake tensors, torch chooses other kernels for attention, dropout and norms of lists than on a GPU;
+`Trace` chooses as on a GPU.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Kind = Literal["product", "reduction", "pointwise", "layout", "list"]
+Arithmetic = Literal["bf16", "tf32", "fp32"]
+
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+REDUCTIONS = {"sum", "mean", "amax", "any", "linalg_vector_norm", "index_put", "_softmax", "_softmax_backward_data"}
+REDUCTIONS |= {"_safe_softmax"}
+OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_", "uniform_", "normal_", "bernoulli_"}
+"""These write their first argument without reading it."""
+LIST_SIZES = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+"""Tensors per launch by the number of lists: `depth_to_max_tensors` in torch's MultiTensorApply.cuh."""
+LIST_BLOCKS, BLOCK_ELEMENTS = 320, 65_536
+"""Blocks per launch, and elements per block, in the same file."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What of a storage a kernel touches."""
+
+    storage: int
+    place: tuple[Any, ...]
+    """Offset, sizes and strides."""
+    bytes: int
+
+
+@dataclass
+class Kernel:
+    """One kernel, or several of one operation."""
+
+    name: str
+    part: str
+    kind: Kind
+    reads: list[View] = field(default_factory=list)
+    writes: list[View] = field(default_factory=list)
+    flops: int = 0
+    """Multiplications and additions of a product; 0 for all others, which wait for memory."""
+    arithmetic: Arithmetic = "fp32"
+    num_launches: int = 1
+    is_cast: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return sum(view.bytes for view in (*self.reads, *self.writes))
+
+
+class Trace(TorchDispatchMode):
+    """Records the kernels of whatever runs inside it; enter it inside a FakeTensorMode."""
+
+    def __init__(self, part: Callable[[], str] = lambda: "") -> None:
+        """
+        Args:
+            part: Name of the part of the computation that is running now.
+        """
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.host_reads: list[str] = []
+        """Operations whose result the host reads, for which it waits until the GPU has computed it."""
+        self._part = part
+        self._storages: dict[int, Any] = {}  # kept alive, or another could get the same number
+        self._hosts: set[int] = set()
+        self._as_on_a_gpu = _AsOnAGpu()
+        self._several = {
+            "convolution": self._convolution,
+            "convolution_backward": self._convolution_backward,
+            "native_group_norm": self._group_norm,
+            "native_group_norm_backward": self._group_norm_backward,
+        }
+
+    def __enter__(self) -> Self:
+        self._as_on_a_gpu.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._as_on_a_gpu.__exit__(*exception)
+
+    def stays_on_the_host(self, tensor: Tensor) -> None:
+        """What is computed from this tensor alone launches no kernel."""
+        self._hosts.add(self._view(tensor).storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if self._hosts and all(t.untyped_storage()._cdata in self._hosts for t in _tensors((args, kwargs))):
+            return 1.0 if name == "_local_scalar_dense" else func(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            self.host_reads.append(name)
+            return {torch.bool: False}.get(args[0].dtype, 1 if not args[0].is_floating_point() else 1.0)
+        if func.namespace != "aten" or func.is_view or name in FREE:
+            return func(*args, **kwargs)
+        if several := self._several.get(name):
+            return several(func, *args, **kwargs)
+        out = func(*args, **kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        name = func.overloadpacket.__name__
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        written = [
+            tensor
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors(value)
+        ]
+        if name in OVERWRITES:
+            inputs = _tensors(args[1:])
+        is_product = func.overloadpacket in flop_registry
+        is_list = name.startswith(("_foreach_", "_fused_"))
+        last = self.kernels[-1] if self.kernels else None
+        if name == "linalg_vector_norm" and last and (last.name, last.part) == (name, self._part()):
+            # On a GPU, the norms of a list are computed together.
+            last.reads += map(self._view, inputs)
+            last.writes += map(self._view, outputs)
+            last.num_launches = _launches([args[0]], 1, num_tensors=len(last.reads))
+            return
+        self._add(
+            name,
+            "product" if is_product else "list" if is_list else "reduction" if name in REDUCTIONS else "pointwise",
+            inputs,
+            written or outputs,
+            flops=flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) if is_product else 0,
+            num_launches=_launches(args[0], sum(isinstance(value, (list, tuple)) for value in args)) if is_list else 1,
+            is_cast=name in ("_to_copy", "copy_") and inputs[0].dtype != (written or outputs)[0].dtype,
+        )
+
+    def _add(self, name: str, kind: Kind, reads: Sequence[Tensor], writes: Sequence[Tensor], **others: Any) -> None:
+        arithmetic = _arithmetic(name, reads[0]) if kind == "product" else "fp32"
+        self.kernels.append(
+            Kernel(
+                name,
+                self._part(),
+                kind,
+                [self._view(tensor) for tensor in reads],
+                [self._view(tensor) for tensor in writes],
+                arithmetic=arithmetic,
+                **others,
+            )
+        )
+
+    def _view(self, tensor: Tensor) -> View:
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = storage
+        sizes, strides = tuple(tensor.shape), tensor.stride()
+        elements = math.prod(size for size, stride in zip(sizes, strides, strict=True) if stride)
+        place = (tensor.storage_offset(), sizes, strides)
+        return View(storage._cdata, place, elements * tensor.element_size())
+
+    # Operations that are several kernels
+
+    def _in_layout(self, tensor: Tensor, layout: torch.memory_format) -> Tensor:
+        """The tensor in a layout, by a copy if need be."""
+        if tensor.is_contiguous(memory_format=layout):
+            return tensor
+        copied = torch.empty_like(tensor, memory_format=layout)
+        self._add("layout", "layout", [tensor], [copied])
+        return copied
+
+    def _convolution(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        layout = _layout_of_convolution(x, weight)
+        x, weight = self._in_layout(x, layout), self._in_layout(weight, layout)
+        out: Tensor = func(x, weight, bias, *rest)
+        flops = flop_registry[func.overloadpacket](x, weight, bias, *rest, out_val=out)
+        self._add("convolution", "product", [x, weight], [out], flops=flops)
+        if bias is not None:
+            self._add("bias", "pointwise", [out, bias], [out])
+        return out
+
+    def _convolution_backward(self, func: Any, grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+        layout = _layout_of_convolution(x, weight)
+        grad, x, weight = (self._in_layout(tensor, layout) for tensor in (grad, x, weight))
+        outs = func(grad, x, weight, *rest)
+        for index, factor in ((0, weight), (1, x)):
+            if outs[index] is not None:
+                mask = [index == 0, index == 1, False]
+                flops = flop_registry[func.overloadpacket](grad, x, weight, *rest[:-1], mask, out_val=outs)
+                self._add("convolution_backward", "product", [grad, factor], [outs[index]], flops=flops)
+        if outs[2] is not None:
+            self._add("bias_backward", "reduction", [grad], [outs[2]])
+        return outs
+
+    def _group_norm(self, func: Any, x: Tensor, *rest: Any) -> Any:
+        x = self._in_layout(x, torch.contiguous_format)
+        outs = func(x, *rest)
+        self._add("group_norm_statistics", "reduction", [x], outs[1:])
+        self._add("group_norm", "pointwise", [x, *outs[1:], *_tensors(rest[:2])], [outs[0]])
+        return outs
+
+    def _group_norm_backward(self, func: Any, grad: Tensor, x: Tensor, *rest: Any) -> Any:
+        grad, x = (self._in_layout(tensor, torch.contiguous_format) for tensor in (grad, x))
+        outs = func(grad, x, *rest)
+        sums = _tensors(outs[1:])
+        self._add("group_norm_sums", "reduction", [grad, x, *rest[:2]], sums)
+        if outs[0] is not None:
+            self._add("group_norm_backward", "pointwise", [grad, x, *rest[:2], *sums], [outs[0]])
+        return outs
+
+
+class _AsOnAGpu(TorchFunctionMode):
+    """Calls what torch calls on a GPU, where it would choose otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        instead = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}
+        return instead.get(func, func)(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    """FlashAttention takes no bias; the memory-efficient kernel wants it expanded."""
+    bias = attn_mask.expand(*q.shape[:3], k.shape[2])
+    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, q.requires_grad)[0]
+    return out
+
+
+def fused(kernels: Iterable[Kernel], parts: Iterable[str]) -> list[Kernel]:
+    """The kernels of the compiled form of some parts, by a simple rule.
+
+    A chain of pointwise operations becomes one kernel, which reads its inputs once and writes only what others
+    read: later operations of the forward pass, or the backward pass. A reduction joins the chain before it and
+    ends it. Products remain as they are. No layout is changed, as a compiled norm works in any.
+
+    Args:
+        kernels: Of a `Trace`, in its order.
+        parts: Names of the parts to compile.
+    """
+    parts, groups = set(parts), []
+    made_by: dict[int, tuple[int, bool]] = {}  # storage -> its latest group, and whether others may still join it
+    same: dict[int, int] = {}  # storage of a copy in another layout -> that of the original
+    for kernel in kernels:
+        is_compiled = kernel.part in parts
+        if is_compiled and kernel.kind == "layout":
+            original, copied = kernel.reads[0].storage, kernel.writes[0].storage
+            same[copied] = same.get(original, original)
+            continue
+        if same:
+            kernel = replace(kernel, reads=[replace(v, storage=same.get(v.storage, v.storage)) for v in kernel.reads])
+        joins = is_compiled and kernel.kind in ("pointwise", "reduction")
+        sources = [made_by[view.storage] for view in kernel.reads if view.storage in made_by]
+        index = max((source for source, _ in sources), default=-1)
+        is_open = index >= 0 and all(is_open for source, is_open in sources if source == index)
+        if not (joins and is_open and groups[index][0].part == kernel.part):
+            index = len(groups)
+            groups.append([])
+        groups[index].append(kernel)
+        for view in kernel.writes:
+            made_by[view.storage] = index, joins and kernel.kind == "pointwise"
+    return [*_merged(groups)]
+
+
+def _merged(groups: list[list[Kernel]]) -> Iterator[Kernel]:
+    """Each group as one kernel, without what stays inside it."""
+    readers: dict[int, set[int]] = defaultdict(set)
+    for index, group in enumerate(groups):
+        for view in (view for kernel in group for view in kernel.reads):
+            readers[view.storage].add(index)
+    for index, group in enumerate(groups):
+        if len(group) == 1:
+            yield group[0]
+            continue
+        reads: dict[tuple, View] = {}
+        writes: dict[int, View] = {}
+        for kernel in group:
+            reads |= {(v.storage, v.place): v for v in kernel.reads if v.storage not in writes}
+            writes |= {v.storage: v for v in kernel.writes}
+        kept = [v for v in writes.values() if not readers[v.storage] or max(readers[v.storage]) > index]
+        name = "+".join(kernel.name for kernel in group)
+        yield Kernel(name, group[0].part, group[-1].kind, list(reads.values()), kept)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _launches(tensors: Sequence[Tensor], num_lists: int, num_tensors: int | None = None) -> int:
+    blocks = sum(-(-tensor.numel() // BLOCK_ELEMENTS) for tensor in tensors)
+    by_tensors = (num_tensors or len(tensors)) / LIST_SIZES[min(max(1, num_lists), 5)]
+    return math.ceil(max(by_tensors, blocks / LIST_BLOCKS))
+
+
+def _layout_of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """cuDNN's: channels last if either is."""
+    last = torch.channels_last
+    return last if last in (suggest_memory_format(x), suggest_memory_format(weight)) else torch.contiguous_format
+
+
+def _arithmetic(name: str, factor: Tensor) -> Arithmetic:
+    """Of a product's factors, under torch's present settings."""
+    if factor.dtype in (torch.bfloat16, torch.float16):
+        return "bf16"
+    if name.startswith("convolution"):
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "fp32"
+    return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"

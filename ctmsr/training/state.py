@@ -12,6 +12,9 @@ from ..config import check
 from ..model.checkpoint import CURRENT_WEIGHTS
 from ..model.network import ConsistencyModel
 
+_STEPS_UNCHECKED = 16
+"""Steps between checks for finite gradients on a GPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -86,6 +89,8 @@ class TrainState:
     """The frozen copy g of the second phase."""
     global_step: int = 0
     """Optimizer updates done."""
+    check_every: int = 1
+    """Steps between checks for finite gradients. On a GPU a check makes the host wait, so it is not made each time."""
     unchecked: list[StepRecord] = field(default_factory=list)
     """Steps whose gradients have not been checked to be finite yet."""
 
@@ -158,7 +163,15 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    return TrainState(model, parallel or model, optimizer, copy.deepcopy(model), optim.ema_decay)
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    return TrainState(
+        model,
+        parallel or model,
+        optimizer,
+        copy.deepcopy(model),
+        optim.ema_decay,
+        check_every=1 if is_on_cpu else _STEPS_UNCHECKED,
+    )
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:

@@ -16,13 +16,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -87,7 +87,7 @@ class Trace(TorchDispatchMode):
         self._part = part
         self._storages: dict[int, Any] = {}  # kept alive, or another could get the same number
         self._hosts: set[int] = set()
-        self._as_on_a_gpu = _AsOnAGpu()
+        self._as_on_a_gpu = patch.multiple(F, dropout=_dropout, scaled_dot_product_attention=_attention)
         self._several = {
             "convolution": self._convolution,
             "convolution_backward": self._convolution_backward,
@@ -108,6 +108,8 @@ class Trace(TorchDispatchMode):
         self._hosts.add(self._view(tensor).storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked often enough to matter
+            return args[0].fake_device
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if self._hosts and all(t.untyped_storage()._cdata in self._hosts for t in _tensors((args, kwargs))):
             return 1.0 if name == "_local_scalar_dense" else func(*args, **kwargs)
@@ -224,14 +226,6 @@ class Trace(TorchDispatchMode):
         return outs
 
 
-class _AsOnAGpu(TorchFunctionMode):
-    """Calls what torch calls on a GPU, where it would choose otherwise."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        instead = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}
-        return instead.get(func, func)(*args, **(kwargs or {}))
-
-
 def _dropout(input: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
@@ -247,14 +241,15 @@ def fused(kernels: Iterable[Kernel], parts: Iterable[str]) -> list[Kernel]:
     """The kernels of the compiled form of some parts, by a simple rule.
 
     A chain of pointwise operations becomes one kernel, which reads its inputs once and writes only what others
-    read: later operations of the forward pass, or the backward pass. A reduction joins the chain before it and
-    ends it. Products remain as they are. No layout is changed, as a compiled norm works in any.
+    read: later operations of the forward pass, or the backward pass. A reduction joins the chain before it, and
+    what uses its result begins another. Products remain as they are. No layout is changed, as a compiled norm
+    works in any.
 
     Args:
         kernels: Of a `Trace`, in its order.
         parts: Names of the parts to compile.
     """
-    parts, groups = set(parts), []
+    parts, groups, needs = set(parts), list[list[Kernel]](), list[set[int]]()
     made_by: dict[int, tuple[int, bool]] = {}  # storage -> its latest group, and whether others may still join it
     same: dict[int, int] = {}  # storage of a copy in another layout -> that of the original
     for kernel in kernels:
@@ -263,19 +258,39 @@ def fused(kernels: Iterable[Kernel], parts: Iterable[str]) -> list[Kernel]:
             original, copied = kernel.reads[0].storage, kernel.writes[0].storage
             same[copied] = same.get(original, original)
             continue
-        if same:
-            kernel = replace(kernel, reads=[replace(v, storage=same.get(v.storage, v.storage)) for v in kernel.reads])
+        reads = [replace(view, storage=same.get(view.storage, view.storage)) for view in kernel.reads]
         joins = is_compiled and kernel.kind in ("pointwise", "reduction")
-        sources = [made_by[view.storage] for view in kernel.reads if view.storage in made_by]
-        index = max((source for source, _ in sources), default=-1)
-        is_open = index >= 0 and all(is_open for source, is_open in sources if source == index)
-        if not (joins and is_open and groups[index][0].part == kernel.part):
-            index = len(groups)
+        sources = {made_by[view.storage] for view in reads if view.storage in made_by}
+        others = {index for index, _ in sources}
+        closed = {index for index, is_open in sources if not is_open}
+        index = next(
+            (
+                index
+                for index in sorted(others - closed, reverse=True)
+                if joins and groups[index][0].part == kernel.part and not _reaches(needs, others - {index}, index)
+            ),
+            len(groups),
+        )
+        if index == len(groups):
             groups.append([])
-        groups[index].append(kernel)
+            needs.append(set())
+        groups[index].append(replace(kernel, reads=reads))
+        needs[index] |= others - {index}
         for view in kernel.writes:
             made_by[view.storage] = index, joins and kernel.kind == "pointwise"
     return [*_merged(groups)]
+
+
+def _reaches(needs: list[set[int]], starts: set[int], goal: int) -> bool:
+    """Whether a group that `starts` need, directly or not, is `goal`."""
+    seen, left = set(starts), list(starts)
+    while left:
+        if new := needs[left.pop()] - seen:
+            if goal in new:
+                return True
+            seen |= new
+            left += new
+    return False
 
 
 def _merged(groups: list[list[Kernel]]) -> Iterator[Kernel]:
@@ -288,12 +303,12 @@ def _merged(groups: list[list[Kernel]]) -> Iterator[Kernel]:
         if len(group) == 1:
             yield group[0]
             continue
-        reads: dict[tuple, View] = {}
+        reads: dict[tuple[Any, ...], View] = {}
         writes: dict[int, View] = {}
         for kernel in group:
             reads |= {(v.storage, v.place): v for v in kernel.reads if v.storage not in writes}
             writes |= {v.storage: v for v in kernel.writes}
-        kept = [v for v in writes.values() if not readers[v.storage] or max(readers[v.storage]) > index]
+        kept = [v for v in writes.values() if readers[v.storage] != {index}]
         name = "+".join(kernel.name for kernel in group)
         yield Kernel(name, group[0].part, group[-1].kind, list(reads.values()), kept)
 

@@ -36,7 +36,7 @@ from pipelines.config.run_config import RunConfig
 from .kernels import Kernel, Trace, fused
 from .machine import CARDS, Card
 from .plain import PlainTraining
-from .train_step import GPU, OURS, PLAIN, Step, Variant, as_torch_does, step_of
+from .train_step import GPU, OURS, PLAIN, Step, Variant, as_torch_does, our_state, step_of
 
 MEASURED = Path(__file__).parent / "results/gpu-steps.json"
 
@@ -181,7 +181,9 @@ def trace_of(name: str, variant: Variant, config: RunConfig, size: int, num_befo
         if name in PLAIN:
             step = as_torch_does(PlainTraining(model, config.recipe, lpips, **PLAIN[name]).step)
         else:
-            step = step_of(variant, model, lpips, config)
+            state = our_state(variant, model, config)
+            state.check_every = 16  # as on a GPU
+            step = step_of(variant, state, lpips, config)
         return traced_step(step, fake_batch(config.network, size), num_before)
 
 

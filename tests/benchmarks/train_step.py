@@ -27,7 +27,7 @@ from ctmsr.model.device import use_fast_math
 from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.training.losses import LossConfig
 from ctmsr.training.objective import Batch
-from ctmsr.training.state import build_state
+from ctmsr.training.state import TrainState, build_state
 from ctmsr.training.step import compile_step, train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
@@ -86,14 +86,19 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
     if variant.channels_last:
         for module in (model, lpips):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return step_of(variant, model, lpips, config)
+    return step_of(variant, our_state(variant, model, config), lpips, config)
 
 
-def step_of(variant: Variant, model: ConsistencyModel, lpips: Lpips, config: RunConfig) -> Step:
-    """A function that makes one update of `model`; both networks have the variant's layout and precision."""
+def our_state(variant: Variant, model: ConsistencyModel, config: RunConfig) -> TrainState:
+    """The state of a run that trains `model`."""
     state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
         compile_step(state)
+    return state
+
+
+def step_of(variant: Variant, state: TrainState, lpips: Lpips, config: RunConfig) -> Step:
+    """A function that makes one update of `state`."""
 
     def step(batch: Batch) -> Tensor:
         with torch.autocast(batch.hr_u8.device.type, torch.bfloat16, enabled=variant.autocast):

@@ -90,7 +90,7 @@ class TrainState:
     global_step: int = 0
     """Optimizer updates done."""
     check_every: int = 1
-    """Steps between checks for finite gradients. On a GPU a check makes the host wait, so it is not made each time."""
+    """Steps between checks for finite gradients; more than 1 on a GPU, where each makes the host wait."""
     unchecked: list[StepRecord] = field(default_factory=list)
     """Steps whose gradients have not been checked to be finite yet."""
 

@@ -1,11 +1,11 @@
-"""The GPU kernels of a computation, found without a GPU: it runs on fake tensors, which have shapes but no memory.
+"""The GPU kernels of a computation, found without a GPU: on fake tensors, which have shapes but no memory.
 
 One operation of torch counts as one kernel, except where CUDA is known to do otherwise:
 
 - A view is free.
 - A convolution adds its bias in a second kernel. Its backward pass has one for each gradient.
-- A group norm has two: its statistics, then the result. It reads and writes NCHW, so in a channels-last network
-  its inputs are copied to NCHW, and back again by the convolution that follows.
+- A group norm has two: its statistics, then the result. It reads and writes NCHW, so in a channels-last
+  network its inputs are copied to NCHW, and back again by the convolution that follows.
 - An operation on a list of tensors has one kernel per some dozens of them.
 
 On CPUs and fake tensors, torch chooses other kernels for attention, dropout and norms of lists than on a GPU;
@@ -16,8 +16,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from unittest.mock import patch
 from typing import Any, Literal, Self
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,11 @@ Kind = Literal["product", "reduction", "pointwise", "layout", "list"]
 Arithmetic = Literal["bf16", "tf32", "fp32"]
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
-REDUCTIONS = {"sum", "mean", "amax", "any", "linalg_vector_norm", "index_put", "_softmax", "_softmax_backward_data"}
-REDUCTIONS |= {"_safe_softmax"}
+REDUCTIONS = {"sum", "mean", "amax", "any", "linalg_vector_norm", "index_put"} | {
+    "_softmax",
+    "_safe_softmax",
+    "_softmax_backward_data",
+}
 OVERWRITES = {"copy_", "_foreach_copy_", "fill_", "zero_", "uniform_", "normal_", "bernoulli_"}
 """These write their first argument without reading it."""
 LIST_SIZES = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -111,12 +114,13 @@ class Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # asked often enough to matter
             return args[0].fake_device
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if self._hosts and all(t.untyped_storage()._cdata in self._hosts for t in _tensors((args, kwargs))):
-            return 1.0 if name == "_local_scalar_dense" else func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        is_of_host = bool(inputs) and {t.untyped_storage()._cdata for t in inputs} <= self._hosts
         if name == "_local_scalar_dense":
-            self.host_reads.append(name)
-            return {torch.bool: False}.get(args[0].dtype, 1 if not args[0].is_floating_point() else 1.0)
-        if func.namespace != "aten" or func.is_view or name in FREE:
+            if not is_of_host:
+                self.host_reads.append(name)
+            return 1.0 if args[0].is_floating_point() else args[0].dtype != torch.bool  # any number will do
+        if is_of_host or func.namespace != "aten" or func.is_view or name in FREE:
             return func(*args, **kwargs)
         if several := self._several.get(name):
             return several(func, *args, **kwargs)
@@ -125,36 +129,35 @@ class Trace(TorchDispatchMode):
         return out
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        name = func.overloadpacket.__name__
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-        written = [
+        """An operation that is one kernel, or one on lists of tensors."""
+        name, packet = func.overloadpacket.__name__, func.overloadpacket
+        reads = _tensors((args[1:] if name in OVERWRITES else args, kwargs))
+        writes = [
             tensor
             for value, argument in zip(args, func._schema.arguments, strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors(value)
-        ]
-        if name in OVERWRITES:
-            inputs = _tensors(args[1:])
-        is_product = func.overloadpacket in flop_registry
-        is_list = name.startswith(("_foreach_", "_fused_"))
+        ] or _tensors(out)
         last = self.kernels[-1] if self.kernels else None
-        if name == "linalg_vector_norm" and last and (last.name, last.part) == (name, self._part()):
-            # On a GPU, the norms of a list are computed together.
-            last.reads += map(self._view, inputs)
-            last.writes += map(self._view, outputs)
-            last.num_launches = _launches([args[0]], 1, num_tensors=len(last.reads))
-            return
-        self._add(
-            name,
-            "product" if is_product else "list" if is_list else "reduction" if name in REDUCTIONS else "pointwise",
-            inputs,
-            written or outputs,
-            flops=flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) if is_product else 0,
-            num_launches=_launches(args[0], sum(isinstance(value, (list, tuple)) for value in args)) if is_list else 1,
-            is_cast=name in ("_to_copy", "copy_") and inputs[0].dtype != (written or outputs)[0].dtype,
-        )
+        if packet in flop_registry:
+            self._add(
+                name, "product", reads, writes, flops=flop_registry[packet](*args, **kwargs, out_val=out)
+            )
+        elif name.startswith(("_foreach_", "_fused_")):
+            num_lists = sum(isinstance(value, (list, tuple)) for value in args)
+            self._add(name, "list", reads, writes, num_launches=_launches(args[0], num_lists))
+        elif name == "linalg_vector_norm" and last and (last.name, last.part) == (name, self._part()):
+            last.reads += map(self._view, reads)  # a GPU computes the norms of a list together
+            last.writes += map(self._view, writes)
+            last.num_launches = -(-len(last.reads) // LIST_SIZES[1])
+        else:
+            is_cast = name in ("_to_copy", "copy_") and reads[0].dtype != writes[0].dtype
+            kind: Kind = "reduction" if name in REDUCTIONS else "pointwise"
+            self._add(name, kind, reads, writes, is_cast=is_cast)
 
-    def _add(self, name: str, kind: Kind, reads: Sequence[Tensor], writes: Sequence[Tensor], **others: Any) -> None:
+    def _add(
+        self, name: str, kind: Kind, reads: Sequence[Tensor], writes: Sequence[Tensor], **others: Any
+    ) -> None:
         arithmetic = _arithmetic(name, reads[0]) if kind == "product" else "fp32"
         self.kernels.append(
             Kernel(
@@ -240,17 +243,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
 def fused(kernels: Iterable[Kernel], parts: Iterable[str]) -> list[Kernel]:
     """The kernels of the compiled form of some parts, by a simple rule.
 
-    A chain of pointwise operations becomes one kernel, which reads its inputs once and writes only what others
-    read: later operations of the forward pass, or the backward pass. A reduction joins the chain before it, and
-    what uses its result begins another. Products remain as they are. No layout is changed, as a compiled norm
-    works in any.
+    A chain of pointwise operations becomes one kernel, which reads its inputs once and writes only what
+    others read: later operations of the forward pass, or the backward pass. A reduction joins the chain
+    before it, and what uses its result begins another. Products remain as they are. No layout is changed, as
+    a compiled norm works in any.
 
     Args:
         kernels: Of a `Trace`, in its order.
         parts: Names of the parts to compile.
     """
     parts, groups, needs = set(parts), list[list[Kernel]](), list[set[int]]()
-    made_by: dict[int, tuple[int, bool]] = {}  # storage -> its latest group, and whether others may still join it
+    made_by: dict[
+        int, tuple[int, bool]
+    ] = {}  # storage -> its latest group, and whether others may still join it
     same: dict[int, int] = {}  # storage of a copy in another layout -> that of the original
     for kernel in kernels:
         is_compiled = kernel.part in parts
@@ -267,7 +272,9 @@ def fused(kernels: Iterable[Kernel], parts: Iterable[str]) -> list[Kernel]:
             (
                 index
                 for index in sorted(others - closed, reverse=True)
-                if joins and groups[index][0].part == kernel.part and not _reaches(needs, others - {index}, index)
+                if joins
+                and groups[index][0].part == kernel.part
+                and not _reaches(needs, others - {index}, index)
             ),
             len(groups),
         )
@@ -317,16 +324,17 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _launches(tensors: Sequence[Tensor], num_lists: int, num_tensors: int | None = None) -> int:
-    blocks = sum(-(-tensor.numel() // BLOCK_ELEMENTS) for tensor in tensors)
-    by_tensors = (num_tensors or len(tensors)) / LIST_SIZES[min(max(1, num_lists), 5)]
-    return math.ceil(max(by_tensors, blocks / LIST_BLOCKS))
+def _launches(tensors: Sequence[Tensor], num_lists: int) -> int:
+    num_blocks = sum(-(-tensor.numel() // BLOCK_ELEMENTS) for tensor in tensors)
+    return math.ceil(max(len(tensors) / LIST_SIZES[min(num_lists, 5)], num_blocks / LIST_BLOCKS))
 
 
 def _layout_of_convolution(x: Tensor, weight: Tensor) -> torch.memory_format:
     """cuDNN's: channels last if either is."""
     last = torch.channels_last
-    return last if last in (suggest_memory_format(x), suggest_memory_format(weight)) else torch.contiguous_format
+    return (
+        last if last in (suggest_memory_format(x), suggest_memory_format(weight)) else torch.contiguous_format
+    )
 
 
 def _arithmetic(name: str, factor: Tensor) -> Arithmetic:

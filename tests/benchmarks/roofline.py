@@ -1,17 +1,18 @@
-"""What a training step should take on a GPU, counted without one: `python -m tests.benchmarks.roofline --help`.
+"""What a training step should take on a GPU: `python -m tests.benchmarks.roofline --help`.
 
-The real training step runs on fake tensors, and `kernels.Trace` records what it would launch. A kernel takes as long
-as its product at the card's peak or its bytes at the card's bandwidth, whichever is longer, and begins when the one
-before has ended and the host has launched it. Both are lower bounds: kernels reach neither peak, and a launch from
-Python costs more than the driver's part of it, which `--launch-us` is by default.
+Needs no GPU, and two minutes. The real training step runs on fake tensors, and `kernels.Trace` records what
+it would launch. A kernel takes as long as its product at the card's peak, or as its bytes at the bandwidth if
+that is longer, and begins when the one before has ended and the host has launched it. These are lower
+bounds: kernels reach neither peak, and `--launch-us` is what the driver takes, without Python and torch.
 
-The rows are those of tests.benchmarks.train_step, beside which stands what was measured there. All have the published
+The rows are those of tests.benchmarks.train_step, with what was measured there. All have the published
 objective, and a target that the network computes.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -36,8 +37,10 @@ from pipelines.config.run_config import RunConfig
 from .kernels import Kernel, Trace, fused
 from .machine import CARDS, Card
 from .plain import PlainTraining
-from .train_step import GPU, OURS, PLAIN, Step, Variant, as_torch_does, our_state, step_of
+from .train_step import GPU, OURS, PLAIN, Variant, as_torch_does, our_state, step_of
 
+HOST_BANDWIDTH = 25e9
+"""Bytes/s from pinned memory to a GPU, over PCIe 4."""
 MEASURED = Path(__file__).parent / "results/gpu-steps.json"
 
 INPUTS, TARGET, FORWARD = "batch, noise, trajectory", "target network", "network forward"
@@ -115,21 +118,12 @@ class Clock:
         self._part = AVERAGE
 
 
-def traced_step(step: Step, batch: Batch, num_before: int) -> Trace:
-    """The kernels of a step, after some others, which make the optimizer's state."""
-    for _ in range(num_before):
-        with Trace():
-            step(batch)
-    clock = Clock()
-    with clock.running() as trace:
-        step(batch)
-    return trace
-
-
 # The networks and a batch as fake tensors
 
 
-def fake_networks(config: NetworkConfig, variant: Variant, mode: FakeTensorMode) -> tuple[ConsistencyModel, Lpips]:
+def fake_networks(
+    config: NetworkConfig, variant: Variant, mode: FakeTensorMode
+) -> tuple[ConsistencyModel, Lpips]:
     """The network and LPIPS-vgg in the variant's layout and precision, without memory."""
     with torch.device("meta"), Trace():  # initialisation reads numbers, which a trace invents
         model = ConsistencyModel(config)
@@ -150,7 +144,9 @@ def vgg_tensors() -> dict[str, Tensor]:
     """Tensors of the shapes of `lpips_tensors("vgg")`."""
     numbers = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     widths = (3, 64, 64, 128, 128, 256, 256, 256, *6 * (512,))
-    tensors = {f"lins.{i}.weight": torch.empty(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    tensors = {
+        f"lins.{i}.weight": torch.empty(1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))
+    }
     for number, inner, outer in zip(numbers, widths, widths[1:], strict=False):
         tensors[f"features.{number}.weight"] = torch.empty(outer, inner, 3, 3)
         tensors[f"features.{number}.bias"] = torch.empty(outer)
@@ -167,31 +163,40 @@ def fake_batch(config: NetworkConfig, size: int) -> Batch:
 
 def traces(config: RunConfig, size: int) -> Iterator[tuple[str, Trace]]:
     """The forms of tests.benchmarks.train_step, by name."""
-    variants: dict[str, Variant] = dict.fromkeys(PLAIN, Variant("")) | {v.name: v for v in (OURS, *GPU)}
-    config, num_before = with_target(config)
-    for name, variant in variants.items():
-        yield name, trace_of(name, variant, config, size, num_before)
+    for name in PLAIN:
+        yield name, trace_of(Variant(name), config, size)
+    for variant in (OURS, *GPU):
+        yield variant.name, trace_of(variant, config, size)
 
 
-def trace_of(name: str, variant: Variant, config: RunConfig, size: int, num_before: int) -> Trace:
-    """The kernels of one form's step."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+def trace_of(variant: Variant, config: RunConfig, size: int, num_before: int = 1) -> Trace:
+    """The kernels of a form's step, which calls the network for its target.
+
+    Args:
+        variant: The form, a plain one if its name is in `PLAIN`.
+        config: The run.
+        size: Images a step.
+        num_before: Steps before; the first one makes the optimizer's state.
+    """
+    num_steps = config.schedule.s0
+    with_target = (seed for seed in count() if sample_seed(seed, "n", num_before) % num_steps)
+    config = replace(config, seed=next(with_target))
+    mode, clock = FakeTensorMode(allow_non_fake_inputs=True), Clock()
     model, lpips = fake_networks(config.network, variant, mode)
     with mode:
-        if name in PLAIN:
-            step = as_torch_does(PlainTraining(model, config.recipe, lpips, **PLAIN[name]).step)
+        if variant.name in PLAIN:
+            step = as_torch_does(PlainTraining(model, config.recipe, lpips, **PLAIN[variant.name]).step)
         else:
             state = our_state(variant, model, config)
             state.check_every = 16  # as on a GPU
             step = step_of(variant, state, lpips, config)
-        return traced_step(step, fake_batch(config.network, size), num_before)
-
-
-def with_target(config: RunConfig) -> tuple[RunConfig, int]:
-    """The config with a seed whose second step calls the network for its target; and the number of steps before."""
-    num_steps = config.schedule.s0
-    seed = next(seed for seed in count(config.seed) if sample_seed(seed, "n", 1) % num_steps)
-    return replace(config, seed=seed), 1
+        batch = fake_batch(config.network, size)
+        for _ in range(num_before):
+            with Trace():
+                step(batch)
+        with clock.running() as trace:
+            step(batch)
+    return trace
 
 
 # Predictions
@@ -223,11 +228,6 @@ def predict(kernels: list[Kernel], card: Card, launch_s: float) -> dict[str, Tim
     return times
 
 
-def network_flops(kernels: list[Kernel]) -> int:
-    """Of the prediction's passes, without target and LPIPS."""
-    return sum(kernel.flops for kernel in kernels if kernel.part in (FORWARD, BACKWARD))
-
-
 def measured_ms(preset: str, size: int, gpu: str) -> dict[str, float]:
     """What tests.benchmarks.train_step measured in this setting, by form; empty if it was another."""
     found = json.loads(MEASURED.read_text())
@@ -239,46 +239,63 @@ def report(forms: dict[str, list[Kernel]], card: Card, launch_s: float, measured
     """Prints the table of forms, then the parts of some."""
     print(
         f"{'':36}{'TFLOP':>7}{'GB':>7}{'launches':>10}{'casts':>7}{'device ms':>11}{'step ms':>9}{'ratio':>7}"
-        f"{'MFU':>6}{'measured ms':>13}"
+        f"{'MFU':>6}{'all':>6}{'measured ms':>13}{'us a launch':>13}"
     )
     times = {name: predict(kernels, card, launch_s) for name, kernels in forms.items()}
     for name, kernels in forms.items():
-        one = times[name]["all"]
-        print(
-            f"{name:36}{sum(k.flops for k in kernels) / 1e12:>7.2f}{sum(k.bytes for k in kernels) / 1e9:>7.1f}"
-            f"{sum(k.num_launches for k in kernels):>10}{sum(k.is_cast for k in kernels):>7}"
-            f"{1e3 * one.device:>11.1f}{1e3 * one.elapsed:>9.1f}"
+        one, launches = times[name]["all"], sum(kernel.num_launches for kernel in kernels)
+        # As in tests.benchmarks.train_step: of the prediction's passes, not of target and LPIPS.
+        own = sum(kernel.flops for kernel in kernels if kernel.part in (FORWARD, BACKWARD))
+        flops = sum(kernel.flops for kernel in kernels)
+        line = (
+            f"{name:36}{flops / 1e12:>7.2f}{sum(k.bytes for k in kernels) / 1e9:>7.1f}{launches:>10}"
+            f"{sum(k.is_cast for k in kernels):>7}{1e3 * one.device:>11.1f}{1e3 * one.elapsed:>9.1f}"
             f"{times['plain']['all'].elapsed / one.elapsed:>7.2f}"
-            f"{network_flops(kernels) / one.elapsed / card.bf16:>6.0%}"
-            f"{f'{measured[name]:.1f}' if name in measured else '-':>13}"
+            f"{own / one.elapsed / card.bf16:>6.0%}{flops / one.elapsed / card.bf16:>6.0%}"
         )
+        if name in measured:
+            line += f"{measured[name]:>13.1f}{1e3 * measured[name] / launches:>13.0f}"
+        print(line)
     for name in ("plain", *list(forms)[-3:]):
-        print(f"\n{name.strip():36}{'TFLOP':>7}{'GB':>7}{'launches':>10}{'products':>10}{'memory':>8}{'device':>8}{'step ms':>9}")
+        print(
+            f"\n{name.strip():36}{'TFLOP':>7}{'GB':>7}{'launches':>10}{'products ms':>13}{'memory ms':>11}"
+            f"{'device ms':>11}{'step ms':>9}"
+        )
         for part in PARTS:
-            some, one = [k for k in forms[name] if k.part == part], times[name][part]
+            some, one = [kernel for kernel in forms[name] if kernel.part == part], times[name][part]
             print(
                 f"{part:36}{sum(k.flops for k in some) / 1e12:>7.2f}{sum(k.bytes for k in some) / 1e9:>7.1f}"
-                f"{sum(k.num_launches for k in some):>10}{1e3 * one.products:>10.1f}{1e3 * one.memory:>8.1f}"
-                f"{1e3 * one.device:>8.1f}{1e3 * one.elapsed:>9.1f}"
+                f"{sum(k.num_launches for k in some):>10}{1e3 * one.products:>13.1f}{1e3 * one.memory:>11.1f}"
+                f"{1e3 * one.device:>11.1f}{1e3 * one.elapsed:>9.1f}"
             )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="published", choices=list(PRESETS))
     parser.add_argument("--gpu", default="h100", choices=list(CARDS))
     parser.add_argument("--batch", type=int, default=8, help="images a step; default %(default)s")
-    parser.add_argument("--launch-us", type=float, default=4.5, help="of the host per kernel; default %(default)s")
+    parser.add_argument(
+        "--launch-us", type=float, default=4.5, help="of the host for each kernel; default %(default)s"
+    )
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     use_fast_math()
     config = replace(PRESETS[arguments.preset](), loss=LossConfig())
     forms = {name: trace.kernels for name, trace in traces(config, arguments.batch)}
-    last = list(forms.values())[-1]
-    forms["+ torch.compile"] = fused(last, NETWORK)
-    forms["+ LPIPS compiled, too"] = fused(last, (*NETWORK, LOSSES, LOSSES_BACKWARD))
-    print(f"{arguments.gpu}, preset {arguments.preset}, batch {arguments.batch}, {arguments.launch_us} us a launch")
-    measured = measured_ms(arguments.preset, arguments.batch, arguments.gpu)
+    eager = list(forms.values())[-1]
+    forms["+ torch.compile"] = fused(eager, NETWORK)
+    forms["+ torch.compile of LPIPS"] = fused(eager, (*NETWORK, LOSSES, LOSSES_BACKWARD))
+    network, size = config.network, arguments.batch
+    num_bytes = 3 * size * (network.hr_size**2 + network.lq_size**2)
+    print(
+        f"{arguments.gpu}, preset {arguments.preset}, batch {size}, {arguments.launch_us:g} us a launch; "
+        f"feed: {num_bytes / 1e6:.1f} MB a step, {1e3 * num_bytes / HOST_BANDWIDTH:.2f} ms beside it"
+    )
+    measured = measured_ms(arguments.preset, size, arguments.gpu)
     report(forms, CARDS[arguments.gpu], 1e-6 * arguments.launch_us, measured)
 
 

@@ -176,9 +176,7 @@ def main() -> None:
     model = ConsistencyModel(config.network).to(device)
     lpips = load_lpips("vgg").to(device)
     plain = partial(PlainTraining, model, config.recipe, lpips)
-    steps: dict[str, Step] = {
-        name: as_torch_does(plain(**options).step) for name, options in PLAIN.items()
-    }
+    steps: dict[str, Step] = {name: as_torch_does(plain(**options).step) for name, options in PLAIN.items()}
     variants = [OURS, *(GPU if device == "cuda" else ())]
     if arguments.compiled:
         variants.append(replace(variants[-1], name="+ torch.compile", compile=True))

@@ -19,8 +19,8 @@ class Card:
 
 
 CARDS = {
-    "h100": Card(bf16=989.4e12, tf32=494.7e12, fp32=66.9e12, bandwidth=3.35e12),  # SXM5, 80 GB HBM3
-    "h200": Card(bf16=989.4e12, tf32=494.7e12, fp32=66.9e12, bandwidth=4.8e12),  # SXM5, 141 GB HBM3e
+    "h100": Card(bf16=989e12, tf32=494.5e12, fp32=67e12, bandwidth=3.35e12),  # SXM5, 80 GB HBM3
+    "h200": Card(bf16=989e12, tf32=494.5e12, fp32=67e12, bandwidth=4.8e12),  # SXM5, 141 GB HBM3e
     "a100": Card(bf16=312e12, tf32=156e12, fp32=19.5e12, bandwidth=2.039e12),  # SXM4, 80 GB HBM2e
 }
 

@@ -200,7 +200,6 @@ def report(
     results: dict[str, tuple[float, list[float]]],
 ) -> None:
     """Prints the table; its last line is the ratio of the last variant."""
-    plain_s, plain_losses = results["plain"]
     place = machine(torch.device(device)) if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     hr, lq = (
         torch.zeros(1, 3, side, side, device=device)
@@ -210,12 +209,7 @@ def report(
     num_attention = sum(isinstance(module, WindowAttention) for module in model.modules())
     print(f"{place}, batch {size}, {num_attention} attention layers")
     print(f"{forward / 1e9:.1f} GFLOP a forward pass of one image, LPIPS not counted")
-    print(f"{'':36}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}")
-    for name, (seconds, losses) in results.items():
-        drift = np.mean(losses[-10:]) / np.mean(plain_losses[-10:]) - 1
-        print(
-            f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
-        )
+    print(*table(results, size), sep="\n")
     seconds, _ = list(results.values())[-1]
     if card := card_of(place):  # forward, and twice as much backward
         print(f"MFU {3 * forward * size / seconds / card.bf16:.1%}, LPIPS not counted")
@@ -224,7 +218,19 @@ def report(
         print(
             f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, all together"
         )
-    print(f"ratio {plain_s / seconds:.2f}")
+    print(f"ratio {results['plain'][0] / seconds:.2f}")
+
+
+def table(results: dict[str, tuple[float, list[float]]], size: int) -> list[str]:
+    """Lines of the table: median seconds and losses by form, in steps of `size` images."""
+    plain_s, plain_losses = results["plain"]
+    lines = [f"{'':36}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}"]
+    for name, (seconds, losses) in results.items():
+        drift = np.mean(losses[-10:]) / np.mean(plain_losses[-10:]) - 1
+        lines.append(
+            f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from ..model.checkpoint import CURRENT_WEIGHTS
 from ..model.network import ConsistencyModel
 from .transfer import plan_transfer
 
+_STEPS_UNCHECKED = 16
+"""Steps between checks for finite gradients on a GPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -91,6 +94,8 @@ class TrainState:
     """The frozen copy g of the second phase."""
     global_step: int = 0
     """Optimizer updates done."""
+    check_every: int = 1
+    """Steps between checks for finite gradients; more than 1 on a GPU, where each makes the host wait."""
     unchecked: list[StepRecord] = field(default_factory=list)
     """Steps whose gradients have not been checked to be finite yet."""
 
@@ -195,7 +200,15 @@ def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
     )
-    return TrainState(model, parallel or model, optimizer, copy.deepcopy(model), optim.ema_decay)
+    is_on_cpu = next(model.parameters()).device.type == "cpu"
+    return TrainState(
+        model,
+        parallel or model,
+        optimizer,
+        copy.deepcopy(model),
+        optim.ema_decay,
+        check_every=1 if is_on_cpu else _STEPS_UNCHECKED,
+    )
 
 
 def state_tensors(state: TrainState) -> dict[str, Tensor]:

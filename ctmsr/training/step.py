@@ -15,8 +15,6 @@ from .losses import Distance
 from .objective import Batch, Recipe, compute_losses
 from .state import StepRecord, TrainState
 
-_STEPS_UNCHECKED = 16
-"""Steps between checks for finite gradients on a GPU."""
 _MAX_COMPILED_BLOCKS = 256
 """Limit on variants of a block, with and without gradients; torch gives up after eight by default."""
 
@@ -54,7 +52,7 @@ def train_step(
     grad_norm = nn.utils.get_total_norm(state.gradients)
     losses |= {"grad_norm": grad_norm}
     state.unchecked.append(StepRecord(step, batch.samples, batch.keys, losses))
-    if grad_norm.device.type == "cpu" or len(state.unchecked) >= _STEPS_UNCHECKED:
+    if len(state.unchecked) >= state.check_every:
         check_finite(state)
     else:
         # A check would make the host wait for the device. Fused AdamW reads this flag on the device and skips

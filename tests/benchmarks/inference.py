@@ -26,9 +26,9 @@ from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
 
-from .machine import machine
+from .machine import card_of, machine
 from .plain import count_flops, plain_network
-from .train_step import PEAK_TFLOPS, synchronize, torch_defaults
+from .train_step import synchronize, torch_defaults
 
 Upscaler = Callable[[np.ndarray], np.ndarray]
 
@@ -137,22 +137,39 @@ def report(model: ConsistencyModel, found: list[Form], side: int, rounds: int, d
     size, scale = min(side, 64), model.config.scale
     x, lq = torch.zeros(1, 3, size * scale, size * scale), torch.zeros(1, 3, size, size)
     flops = count_flops(model, x.to(device), torch.ones(1, device=device), lq.to(device)) * (side / size) ** 2
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in machine(device)), None)
-    print(f"\n{side} -> {scale * side}, {flops / 1e12:.2f} TFLOP")
-    print(f"{'':28}{'ms':>9}{'pictures/s':>12}{'ratio':>7}{'MFU':>7}{'PSNR to float32, dB':>21}")
+    card = card_of(machine(device))
     rows = {}
     for name, one in seconds.items():
-        ratio, mfu = seconds["plain"] / one, flops / one / peak / 1e12 if peak else None
+        ratio, mfu = seconds["plain"] / one, flops / one / card.bf16 if card else None
         same = psnr_y(pictures[name], pictures["ours in float32"], crop_border=0) if name[0] == "+" else None
         rows[name] = {"ms": 1e3 * one, "ratio": ratio, "mfu": mfu, "psnr_to_float32": same}
-        print(
-            f"{name:28}{1e3 * one:>9.2f}{1 / one:>12.1f}{ratio:>7.2f}"
-            f"{f'{mfu:.1%}' if mfu else '':>7}{f'{same:.1f}' if same else '':>21}"
-        )
+    print("", *table(rows, side, scale, flops), sep="\n")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     print(f"ratio {list(rows.values())[-1]['ratio']:.2f}", flush=True)
     return rows
+
+
+def table(rows: dict[str, dict[str, float | None]], side: int, scale: int, flops: float) -> list[str]:
+    """Lines of one size's table.
+
+    Args:
+        rows: As `--json` writes them for this size.
+        side: Of the LR picture, in pixels.
+        scale: HR/LR ratio.
+        flops: Of one picture.
+    """
+    lines = [
+        f"{side} -> {scale * side}, {flops / 1e12:.2f} TFLOP",
+        f"{'':28}{'ms':>9}{'pictures/s':>12}{'ratio':>7}{'MFU':>7}{'PSNR to float32, dB':>21}",
+    ]
+    for name, row in rows.items():
+        ms, mfu, psnr = row["ms"] or 0, row["mfu"], row["psnr_to_float32"]
+        lines.append(
+            f"{name:28}{ms:>9.2f}{1e3 / ms:>12.1f}{row['ratio']:>7.2f}"
+            f"{f'{mfu:.1%}' if mfu else '':>7}{f'{psnr:.1f}' if psnr else '':>21}".rstrip()
+        )
+    return lines
 
 
 if __name__ == "__main__":

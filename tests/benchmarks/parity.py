@@ -7,6 +7,7 @@ largest difference relative to the largest output; the tests on CPUs allow 1e-4 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,16 @@ def errors(size: str, arithmetic: str, device: torch.device) -> dict[str, float]
     return found
 
 
+def table(figures: dict[str, Any]) -> list[str]:
+    """Lines of the table, from what `--json` writes."""
+    lines = [f"{figures['machine']}: largest error, relative to the largest output"]
+    for name, found in figures["errors"].items():
+        size, arithmetic = name.split(", ")
+        shown = "  ".join(f"{case} {value:.1e}" for case, value in found.items())
+        lines.append(f"{size:6}{arithmetic:10}{shown}")
+    return lines
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -64,13 +75,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{machine(device)}: largest error, relative to the largest output")
-    figures: dict = {"machine": machine(device), "errors": {}}
+    figures: dict[str, Any] = {"machine": machine(device), "errors": {}}
+    print(*table(figures))
     for size in arguments.sizes:
         for arithmetic in PRECISIONS:
-            found = figures["errors"][f"{size}, {arithmetic}"] = errors(size, arithmetic, device)
-            shown = "  ".join(f"{case} {value:.1e}" for case, value in found.items())
-            print(f"{size:6}{arithmetic:10}{shown}", flush=True)
+            figures["errors"][f"{size}, {arithmetic}"] = errors(size, arithmetic, device)
+            print(table(figures)[-1], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -21,23 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.metrics.perceptual import load_lpips
+from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model.attention import WindowAttention
 from ctmsr.model.device import use_fast_math
 from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.training.losses import LossConfig
 from ctmsr.training.objective import Batch
-from ctmsr.training.state import build_state
+from ctmsr.training.state import TrainState, build_state
 from ctmsr.training.step import compile_step, train_step
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 
 from .kit import install
-from .machine import machine
+from .machine import card_of, machine
 from .plain import PlainTraining, count_flops
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
-"""Of dense bf16, without sparsity, for MFU."""
 Step = Callable[[Batch], float | Tensor]
 Result = TypeVar("Result")
 
@@ -56,6 +54,12 @@ class Variant:
     compile: bool = False
 
 
+PLAIN: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "+ no target call at n = 0": {"skip_known_target": True},
+    "+ fused attention": {"skip_known_target": True, "fused_attention": True},
+}
+"""Options of `PlainTraining` by row of the table."""
 OURS = Variant("+ fused AdamW and EMA, nothing read")
 GPU = (
     Variant("+ channels_last", channels_last=True),
@@ -82,9 +86,19 @@ def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> St
     if variant.channels_last:
         for module in (model, lpips):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return step_of(variant, our_state(variant, model, config), lpips, config)
+
+
+def our_state(variant: Variant, model: ConsistencyModel, config: RunConfig) -> TrainState:
+    """The state of a run that trains `model`."""
     state = build_state(model, config.optim, bf16_copy(model) if variant.bf16_copy else None)
     if variant.compile:
         compile_step(state)
+    return state
+
+
+def step_of(variant: Variant, state: TrainState, lpips: Lpips, config: RunConfig) -> Step:
+    """A function that makes one update of `state`."""
 
     def step(batch: Batch) -> Tensor:
         with torch.autocast(batch.hr_u8.device.type, torch.bfloat16, enabled=variant.autocast):
@@ -162,14 +176,7 @@ def main() -> None:
     model = ConsistencyModel(config.network).to(device)
     lpips = load_lpips("vgg").to(device)
     plain = partial(PlainTraining, model, config.recipe, lpips)
-    steps: dict[str, Step] = {
-        name: as_torch_does(plain(**options).step)
-        for name, options in {
-            "plain": {},
-            "+ no target call at n = 0": {"skip_known_target": True},
-            "+ fused attention": {"skip_known_target": True, "fused_attention": True},
-        }.items()
-    }
+    steps: dict[str, Step] = {name: as_torch_does(plain(**options).step) for name, options in PLAIN.items()}
     variants = [OURS, *(GPU if device == "cuda" else ())]
     if arguments.compiled:
         variants.append(replace(variants[-1], name="+ torch.compile", compile=True))
@@ -193,7 +200,6 @@ def report(
     results: dict[str, tuple[float, list[float]]],
 ) -> None:
     """Prints the table; its last line is the ratio of the last variant."""
-    plain_s, plain_losses = results["plain"]
     place = machine(torch.device(device)) if device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     hr, lq = (
         torch.zeros(1, 3, side, side, device=device)
@@ -203,22 +209,28 @@ def report(
     num_attention = sum(isinstance(module, WindowAttention) for module in model.modules())
     print(f"{place}, batch {size}, {num_attention} attention layers")
     print(f"{forward / 1e9:.1f} GFLOP a forward pass of one image, LPIPS not counted")
-    print(f"{'':36}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}")
-    for name, (seconds, losses) in results.items():
-        drift = np.mean(losses[-10:]) / np.mean(plain_losses[-10:]) - 1
-        print(
-            f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
-        )
+    print(*table(results, size), sep="\n")
     seconds, _ = list(results.values())[-1]
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in place), None)
-    if peak:  # forward, and twice as much backward
-        print(f"MFU {3 * forward * size / seconds / peak / 1e12:.1%}, LPIPS not counted")
+    if card := card_of(place):  # forward, and twice as much backward
+        print(f"MFU {3 * forward * size / seconds / card.bf16:.1%}, LPIPS not counted")
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, all variants together")
     else:
         print(
             f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB, all together"
         )
-    print(f"ratio {plain_s / seconds:.2f}")
+    print(f"ratio {results['plain'][0] / seconds:.2f}")
+
+
+def table(results: dict[str, tuple[float, list[float]]], size: int) -> list[str]:
+    """Lines of the table: median seconds and losses by form, in steps of `size` images."""
+    plain_s, plain_losses = results["plain"]
+    lines = [f"{'':36}{'ms':>9}{'images/s':>10}{'ratio':>7}{'loss, relative to plain':>25}"]
+    for name, (seconds, losses) in results.items():
+        drift = np.mean(losses[-10:]) / np.mean(plain_losses[-10:]) - 1
+        lines.append(
+            f"{name:36}{1e3 * seconds:>9.1f}{size / seconds:>10.2f}{plain_s / seconds:>7.2f}{drift:>+25.2%}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

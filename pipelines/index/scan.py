@@ -12,10 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from ctmsr.errors import DataError, PictureError
-from ctmsr.image import FORMATS, decode
+from ctmsr.image import read
 
 from ..infra.listing import Listed
 from ..infra.storage import open_uri, read_bytes, write_bytes
@@ -125,9 +124,9 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
 
 def _inspect(data: bytes, path: str) -> dict[str, Any]:
     """Width and height as training sees them, and the format by the file's header, not its name."""
-    height, width, _ = decode(data, name=path).shape
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return {"width": width, "height": height, "format": image.format}
+    picture = read(data, name=path)
+    height, width = picture.pixels.shape[:2]
+    return {"width": width, "height": height, "format": picture.format}
 
 
 def _pair(row: dict[str, Any], path: str, lq_key: str | None, settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from .crops import center_crop, paired_crop, random_crop, random_flip
 from .decoding import FORMATS, MAX_PIXELS, Picture, decode, over_white, read
 from .encoding import encode_png
-from .ranges import to_tensor, to_u8, upsample
+from .ranges import to_tensor, to_u8, to_u16, upsample
 
 __all__ = [
     "FORMATS",
@@ -19,5 +19,6 @@ __all__ = [
     "read",
     "to_tensor",
     "to_u8",
+    "to_u16",
     "upsample",
 ]

@@ -48,14 +48,15 @@ class Metadata:
     dpi: tuple[float, float] | None = None
     """Pixels per inch, horizontally and vertically."""
 
-    def exif_bytes(self) -> bytes:
-        """EXIF as files contain it."""
-        if not self.exif:
-            return b""
+    def exif_bytes(self, *, with_dpi: bool = False) -> bytes:
+        """EXIF as files contain it; with the resolution for files that have no other place for it."""
         exif = Image.Exif()
         exif.endian = "<"
         exif.update(self.exif)
-        return exif.tobytes()
+        if with_dpi and self.dpi:
+            exif[Base.XResolution], exif[Base.YResolution] = self.dpi
+            exif[Base.ResolutionUnit] = _INCHES
+        return exif.tobytes() if exif else b""
 
     def enlarged(self, scale: int, width: int, height: int) -> "Metadata":
         """For a picture enlarged `scale` times, to `width` x `height`: the same size on paper."""

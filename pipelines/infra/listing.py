@@ -13,7 +13,11 @@ from ctmsr.errors import DataError
 
 from .storage import ATTEMPTS_TO_PROBE, file_infos, open_uri, storage_errors
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".avif", ".heic", ".heif"),
+)
+"""In lower case; names may have upper case. HEIC is listed even where it cannot be read, so that it is named."""
 
 
 @dataclass(frozen=True)

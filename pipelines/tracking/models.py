@@ -4,6 +4,7 @@ Needs neither Ray nor the data plane. Loading a model runs the Python code regis
 registries that you trust.
 """
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from mlflow.pyfunc import PyFuncModel
 from ctmsr.errors import TrackingError
 
 from .runs import connect, tracking_errors
+
+logger = logging.getLogger(__name__)
 
 
 class NoSuchModelError(TrackingError):
@@ -114,13 +117,30 @@ class Version:
     """Where its files are; tells it apart from a model of the same name in another registry."""
 
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Loads it as a function of a uint8 (height, width, 3) picture and a seed; runs the model's own code.
+        """Loads it as a function of a (height, width, 3) picture and a seed; runs the model's own code.
+
+        Pictures are uint8 or uint16, and so is the result. Models registered before 0.2 take uint8 only;
+        for them, uint16 is rounded to it, with a warning.
 
         Raises:
             TrackingError: The model cannot be fetched or does not load.
         """
         model = load_from(self.tracking_uri, self.source, self.uri)
-        return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
+
+        def predict(lq: np.ndarray, seed: int) -> np.ndarray:
+            return np.asarray(model.predict(lq[None], params={"seed": seed}))[0]
+
+        def upscale(lq: np.ndarray, seed: int) -> np.ndarray:
+            try:
+                return predict(lq, seed)
+            except ValueError:
+                if lq.dtype != np.uint16:
+                    raise
+            logger.warning("%s takes pictures of 8 bits only. Register it again for 16.", self.uri)
+            sr_u8 = predict(np.rint(lq / 257).astype(np.uint8), seed)
+            return sr_u8.astype(np.uint16) * np.uint16(257)
+
+        return upscale
 
 
 def find_version(tracking_uri: str, model_uri: str) -> Version:

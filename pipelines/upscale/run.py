@@ -30,7 +30,7 @@ def find_pictures(inputs: list[str], output: str) -> list[Picture]:
             if other is not picture:
                 raise DataError(
                     f"{other.folder}/{other.key} and {folder}/{file.key} would both become "
-                    f"{output}/{picture.target}_x*.png. Rename one, or use two output folders."
+                    f"{output}/{picture.target}_x*. Rename one, or use two output folders."
                 )
     return list(sources.values())
 

@@ -138,7 +138,7 @@ def test_noise_stays_where_it_is_when_a_picture_grows() -> None:
     ],
 )
 def test_refuses_what_is_no_picture(network: ConsistencyModel, bad: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"uint8 of shape \(h, w, 3\)"):
+    with pytest.raises(ValueError, match=r"uint8 or uint16 of shape \(h, w, 3\)"):
         upscale(network, bad, sigma_max=1.0)
 
 

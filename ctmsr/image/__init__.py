@@ -1,7 +1,7 @@
 """Pictures: files to sRGB pixels and back, crops, and every change of range or layout."""
 
 from .crops import center_crop, paired_crop, random_crop, random_flip
-from .decoding import FORMATS, MAX_PIXELS, Picture, decode, over_white, read
+from .decoding import FORMATS, MAX_PIXELS, Picture, decode, header_size, over_white, read
 from .encoding import encode_png
 from .ranges import to_tensor, to_u8, to_u16, upsample
 
@@ -12,6 +12,7 @@ __all__ = [
     "center_crop",
     "decode",
     "encode_png",
+    "header_size",
     "over_white",
     "paired_crop",
     "random_crop",

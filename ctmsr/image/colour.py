@@ -120,7 +120,7 @@ def _by_gamma(mode: str, is_deep: bool, tags: ColourTags) -> Found:
     try:
         space = rgb_space.from_chromaticities(xy, curve)
     except ValueError as error:
-        raise ColourError(str(error)) from error
+        raise ColourError(f"its chromaticities are impossible ({error})") from error
     return (_converter(space, mode, is_deep),)
 
 

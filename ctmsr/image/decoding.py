@@ -4,6 +4,8 @@ import io
 import logging
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -109,10 +111,28 @@ def read(data: bytes, *, name: str) -> Picture:
         PictureError: The bytes are empty, damaged or in another format ("unreadable"); they end too early
             ("truncated"); there are more than `MAX_PIXELS` pixels, or texts that unpack to megabytes
             ("bomb"); or the pixels have no fixed white level, like 32-bit integers and floats ("mode").
-            Damage that leaves a valid stream, such as flipped bits in a JPEG's coefficients, goes undetected.
+            It is HEIC, or AVIF, and a plug-in is missing ("plug-in"). Damage that leaves a valid stream, such
+            as flipped bits in a JPEG's coefficients, goes undetected.
     """
-    try:
+    with _picture_errors(data, name):
         return _read(data, name)
+
+
+def header_size(data: bytes, *, name: str) -> tuple[int, int]:
+    """Width and height as the header of a file has them; no pixel is decoded.
+
+    Raises:
+        PictureError: The header is damaged or of no known format ("unreadable"), or has more than twice
+            `MAX_PIXELS` pixels ("bomb").
+    """
+    with _picture_errors(data, name), _open(data, name) as image:
+        return image.size
+
+
+@contextmanager
+def _picture_errors(data: bytes, name: str) -> Iterator[None]:
+    try:
+        yield
     except PictureError:
         raise
     except Exception as error:  # damaged bytes make Pillow raise anything from OSError to struct.error
@@ -156,12 +176,14 @@ def _open(data: bytes, name: str) -> ImageFile.ImageFile:
     brands = _brands(data)
     if brands & _AVIF_BRANDS and "AVIF" not in FORMATS:
         raise PictureError(
-            f"{name} is AVIF, which this build of Pillow cannot read. Install one with AVIF, or convert it."
+            f"{name} is AVIF, which this build of Pillow cannot read. Install one with AVIF, or convert it.",
+            "plug-in",
         )
     if brands & _HEIC_BRANDS:
         if not _has_heif():
             raise PictureError(
-                f"{name} is HEIC, which needs a plug-in: run `pip install pillow-heif`, or convert it."
+                f"{name} is HEIC, which needs a plug-in: run `pip install pillow-heif`, or convert it.",
+                "plug-in",
             )
         formats = ("HEIF",)
     return Image.open(io.BytesIO(data), formats=formats)

@@ -21,7 +21,7 @@ _DEEP = re.compile(r"(RGB|RGBA|RGBX|RGBa|[RGBA]);16[BLN]")
 _DEEP_GREY_ALPHA = "LA;16B"
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _COLOURS = ("L", "RGB", "CMYK", "LAB")
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
+_BITS_PER_SAMPLE, _PLANES, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 284, 262, 0  # of TIFF
 
 
 def file_pixels(image: ImageFile, reopen: Callable[[], ImageFile], name: str) -> tuple[np.ndarray, str]:
@@ -68,7 +68,9 @@ def _upright(image: ImageFile) -> Image.Image:
 
 
 def _rawmodes(image: ImageFile) -> set[str]:
-    """How the bytes of pixels lie in the file: one for all, or one for each plane of an uncompressed TIFF."""
+    """How the bytes of pixels lie in the file: one for all, or one for each plane; none if that is no help."""
+    if _tag(image, _PLANES, 1) == 2 and {tile.codec_name for tile in image.tile} == {"libtiff"}:
+        return set()  # of compressed planes, Pillow unpacks the high bytes only
     rawmodes = {_rawmode(tile.args) for tile in image.tile}
     if rawmodes and rawmodes <= {"R", "G", "B", "A"} and _tag(image, _BITS_PER_SAMPLE, (8,))[0] == 16:
         # Pillow takes the planes for 8 bits wide.

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from ctmsr.image import read
 
 from ..infra.listing import Listed
 from ..infra.storage import open_uri, read_bytes, write_bytes
+
+logger = logging.getLogger(__name__)
 
 SCALES = (2, 3, 4)
 """HR/LQ ratios that a network can have."""
@@ -125,6 +128,8 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
 def _inspect(data: bytes, path: str) -> dict[str, Any]:
     """Width and height as training sees them, and the format by the file's header, not its name."""
     picture = read(data, name=path)
+    for warning in picture.warnings:
+        logger.warning("%s", warning)
     height, width = picture.pixels.shape[:2]
     return {"width": width, "height": height, "format": picture.format}
 

@@ -17,7 +17,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".ppm", ".pgm", ".avif", ".heic", ".heif"),
 )
-"""In lower case; names may have upper case. HEIC is listed even where it cannot be read, so that it is named."""
+"""In lower case; names may have upper case. HEIC is listed even where it cannot be read, to be reported."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.ExifTags import IFD, Base
 
 MAX_BYTES = 65_000
-"""Most EXIF, or XMP, that is carried over: what fits into a segment of a JPEG."""
+"""Most EXIF, or XMP, that is carried over: what fits into a segment of a JPEG, when numbers have grown."""
 
 # What describes the picture. Other tags describe the file: where its pixels, thumbnail and profile are.
 _KEPT = (
@@ -117,8 +117,6 @@ def _kept_exif(exif: Image.Exif) -> dict[int, Any]:
     kept = _with(kept, {Base.Orientation: 1})
     details = _with(details, {Base.ColorSpace: _SRGB})
     kept |= {tag: values for tag, values in ((IFD.Exif, details), (IFD.GPSInfo, gps)) if values}
-    if len(Metadata(kept).exif_bytes()) > MAX_BYTES:
-        details.pop(Base.MakerNote, None)  # often holds a preview
     if (size := len(Metadata(kept).exif_bytes())) > MAX_BYTES:
         raise ValueError(f"{size} bytes, more than {MAX_BYTES}")
     return kept

@@ -68,7 +68,7 @@ def _upright(image: ImageFile) -> Image.Image:
 
 
 def _rawmodes(image: ImageFile) -> set[str]:
-    """How the bytes of pixels lie in the file: one for all, or one for each plane; none if that is no help."""
+    """How the bytes of pixels lie in the file: one for all, or one for each plane; none if it is no help."""
     if _tag(image, _PLANES, 1) == 2 and {tile.codec_name for tile in image.tile} == {"libtiff"}:
         return set()  # of compressed planes, Pillow unpacks the high bytes only
     rawmodes = {_rawmode(tile.args) for tile in image.tile}

@@ -1,7 +1,9 @@
 """Pixels of every layout come out exactly: all 16 bits of them, upright, and alpha as it is."""
 
+import base64
 import io
 import struct
+import zlib
 from typing import Any
 
 import cv2
@@ -186,6 +188,19 @@ def test_kinds_of_jpeg(option: dict[str, bool]) -> None:
     video = b"\0\0\0\x18ftypmp42" + bytes(1000)  # a motion photo's, behind the picture
     for tail in (b"", video):
         assert np.abs(decode(buffer.getvalue() + tail, name="x").astype(int) - smooth).max() <= 4
+
+
+# By libjpeg-turbo: the left half is (200, 100, 50), the right half (20, 120, 220).
+ARITHMETIC_JPEG = (
+    "c-obW%?ZLl5QX3D>|ZuH>^2}+h<FeJYD&?w?W6=xf(3{Kym>L^VkNFST7lo=J!Tl*<VSuXZrXJVB7lmJC#;}IkW_+ZNuxDuYpng+Rle9+>"
+    "uX;Hp-fF38d>DYuc{2Q3C_CkH+ewvh=@!HDiJ5jHw46JC?=DiXqd`@6P9>)huw7Dp2o$w8)oz4rQhHCJbnPWQz0_"
+)
+
+
+def test_an_arithmetic_jpeg() -> None:
+    pixels = decode(zlib.decompress(base64.b85decode(ARITHMETIC_JPEG)), name="x")
+    assert np.abs(pixels[:, :8].astype(int) - (200, 100, 50)).max() <= 2
+    assert np.abs(pixels[:, 8:].astype(int) - (20, 120, 220)).max() <= 2
 
 
 HEIC = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(50)

@@ -127,7 +127,7 @@ def _with_deep_pixels(png: bytes, pixels: np.ndarray) -> bytes:
     """A PNG with its pixels, of 8 bits, replaced by others of 16."""
     height, width, num_channels = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 16, _COLOUR_TYPES[num_channels], 0, 0, 0)
-    rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows = np.ascontiguousarray(pixels, ">u2").view(np.uint8).reshape(height, -1)
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = _UP
     filtered[0, 1:] = rows[0]

@@ -27,7 +27,7 @@ def to_u8(images: Tensor) -> np.ndarray:
 def to_u16(images: Tensor) -> np.ndarray:
     """NCHW floats, clamped to [-1, 1], to NHWC uint16 in 0..65535, rounded to the nearest level."""
     levels = images.detach().float().add(1).mul(32767.5).round().clamp(0, 65535)
-    return levels.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy().astype(np.uint16)
 
 
 def upsample(lq: Tensor, scale: int, *, num_bits: int = 8) -> Tensor:

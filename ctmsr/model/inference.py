@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check
-from ..image import to_tensor, to_u8, upsample
+from ..image import to_tensor, to_u8, to_u16, upsample
 from .device import keep_freed_memory, use_fast_math
 from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise
@@ -83,21 +83,23 @@ def upscale(
 
     Args:
         model: In eval mode, on the device to compute on; fastest if it comes from `for_inference`.
-        lq_u8: uint8 (h, w, 3), RGB, with sides of at least 1.
+        lq_u8: uint8 (h, w, 3), RGB, with sides of at least 1; or uint16, which is nowhere rounded to 8 bits.
         sigma_max: Noise level at the LR end of the trajectory that the model was trained with.
         seed: Selects the noise; the same seed gives the same picture.
         config: Tile size, rounded down to the network's multiple, and the other settings.
 
     Returns:
-        uint8 (scale·h, scale·w, 3).
+        (scale·h, scale·w, 3), uint8 or uint16 like `lq_u8`.
 
     Raises:
         ValueError: The array is not such a picture, or `model` is in training mode.
         ConfigError: The tile does not exceed the overlap by the network's multiple.
         OutOfMemoryError: The GPU cannot hold even one tile of the smallest size.
     """
-    if lq_u8.dtype != np.uint8 or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
-        raise ValueError(f"lq_u8 must be uint8 of shape (h, w, 3), got {lq_u8.dtype} {lq_u8.shape}.")
+    if lq_u8.dtype not in (np.uint8, np.uint16) or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
+        raise ValueError(
+            f"lq_u8 must be uint8 or uint16 of shape (h, w, 3), got {lq_u8.dtype} {lq_u8.shape}."
+        )
     if model.training:
         raise ValueError(
             "the model is in training mode, so dropout would change the picture. Call model.eval()."
@@ -118,8 +120,9 @@ def upscale(
             "inference.tile=%d, inference.batch_tiles=%d. Set these to avoid the retries.",
             *(config.tile, config.batch_tiles, fitting.tile, fitting.batch_tiles),
         )
-    sr_u8: np.ndarray = to_u8(sr[None])[0]
-    return sr_u8
+    to_levels = to_u8 if lq_u8.dtype == np.uint8 else to_u16
+    sr_levels: np.ndarray = to_levels(sr[None])[0]
+    return sr_levels
 
 
 def _upscaled(
@@ -133,7 +136,7 @@ def _upscaled(
     padding = ((0, -height % multiple), (0, -width % multiple), (0, 0))
     padded = np.pad(lq_u8, padding, mode="reflect")[None]  # a side of 1 repeats its pixel
     lq = to_tensor(torch.from_numpy(padded).to(device))
-    lq_up = upsample(lq, scale)
+    lq_up = upsample(lq, scale, num_bits=8 * lq_u8.itemsize)
     rows, columns = (
         tile_spans(side, tile=config.tile, overlap=config.overlap, multiple=multiple) for side in lq.shape[2:]
     )

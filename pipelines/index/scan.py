@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from ctmsr.errors import DataError, PictureError, StoreError
-from ctmsr.image import FORMATS, decode
+from ctmsr.image import read
 
 from ..infra.listing import Listed, stem
 from ..infra.storage import open_uri, read_bytes, write_bytes
+
+logger = logging.getLogger(__name__)
 
 SCALES = (2, 3, 4)
 """HR/LQ ratios that a network can have."""
@@ -121,9 +123,11 @@ def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, A
 
 def _inspect(data: bytes, path: str) -> dict[str, Any]:
     """Width and height as training sees them, and the format by the file's header, not its name."""
-    height, width, _ = decode(data, name=path).shape
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return {"width": width, "height": height, "format": image.format}
+    picture = read(data, name=path)
+    for warning in picture.warnings:
+        logger.warning("%s", warning)
+    height, width = picture.pixels.shape[:2]
+    return {"width": width, "height": height, "format": picture.format}
 
 
 def _pair(row: dict[str, Any], path: str, lq_key: str | None, settings: Settings) -> dict[str, Any]:

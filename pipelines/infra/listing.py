@@ -21,7 +21,11 @@ from .storage import ATTEMPTS_TO_PROBE, is_no_such_key, is_utf8, open_uri, s3_cl
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".avif", ".heic", ".heif"),
+)
+"""In lower case; names may have upper case. HEIC is listed even where it cannot be read, to be reported."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 ACCEPTED = (
-    "a picture is a uint8 RGB array of shape (height, width, 3), the path of a picture file, or the bytes of "
-    "one; several are a list of pictures, or one array of shape (number, height, width, 3)"
+    "a picture is a uint8 or uint16 RGB array of shape (height, width, 3), the path of a picture file, or "
+    "the bytes of one; several are a list of pictures, or one array of shape (number, height, width, 3)"
 )
 
 
@@ -58,14 +58,15 @@ class UpscaleModel(PythonModel):
 
         Args:
             context: MLflow's; not used.
-            model_input: One picture or several, see `ACCEPTED`. Picture files may have an alpha channel, an
-                orientation tag or 16 bits per channel. Arrays may be int64, as arrays from JSON are, if every
-                value is from 0 to 255.
+            model_input: One picture or several, see `ACCEPTED`. Arrays are sRGB. Picture files may have any
+                colour profile, an orientation tag, an alpha channel, which is put on white, or 16 bits per
+                channel, which are rounded to 8. Arrays may be int64, as arrays from JSON are, if every value
+                is from 0 to 255.
             params: "seed", which selects the invented detail; 0 by default.
 
         Returns:
-            uint8 RGB arrays: (height, width, 3) for one picture, (number, height, width, 3) for an array of
-            several, a list of arrays for a list.
+            sRGB arrays, uint16 for uint16 arrays and else uint8: (height, width, 3) for one picture, (number,
+            height, width, 3) for an array of several, a list of arrays for a list.
 
         Raises:
             ValueError: The input is of another kind, or a file is not a readable picture.
@@ -111,10 +112,10 @@ class UpscaleModel(PythonModel):
 
 
 def _checked(pixels: np.ndarray) -> np.ndarray:
-    """uint8 pixels of one picture or several."""
+    """uint8 or uint16 pixels of one picture or several."""
     if pixels.dtype == np.int64 and pixels.size and pixels.min() >= 0 and pixels.max() <= 255:
         pixels = pixels.astype(np.uint8)
-    if pixels.dtype != np.uint8 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+    if pixels.dtype not in (np.uint8, np.uint16) or pixels.shape[-1] != 3 or 0 in pixels.shape:
         raise ValueError(f"{ACCEPTED}; got {pixels.dtype} of shape {pixels.shape}.")
     return pixels
 

@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time limit for one picture; default %(default)s",
     )
+    parser.add_argument(
+        "--strip-metadata", action="store_true", help="leave out EXIF, XMP and resolution of the pictures"
+    )
     return parser
 
 
@@ -64,7 +67,12 @@ def main(argv: list[str] | None = None) -> int:
     from .server import Limits, names_of
 
     model = find_released(arguments.model, arguments.tracking_uri, arguments.device)
-    limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=names_of(arguments.host))
+    limits = Limits(
+        round(arguments.max_megapixels * 1e6),
+        arguments.timeout,
+        hosts=names_of(arguments.host),
+        keeps_metadata=not arguments.strip_metadata,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain `kill` cleans up like Ctrl-C
     with serving(model, host=arguments.host, port=arguments.port, limits=limits) as url:
         print(f"{model.uri} is at {url} (Ctrl-C stops it)", flush=True)

@@ -1,7 +1,8 @@
 """Answers requests to a served model: with the page, an upscaled picture, or one line that says why not.
 
     GET  /         the page
-    POST /upscale  a PNG or JPEG file as the body; answers with a PNG, or a JPEG for `Accept: image/jpeg`
+    POST /upscale  a picture file as the body; answers with a PNG, or what `Accept` asks for: image/jpeg or
+                   image/webp. The header X-Warning says what of the file is not in the answer.
 
 A picture's size is read from its header before any pixel is decoded. The model takes one picture at a time:
 it would upscale a batch one by one anyway, so batching would only make the first picture wait.
@@ -9,7 +10,6 @@ it would upscale a batch one by one anyway, so batching would only make the firs
 
 import asyncio
 import html
-import io
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +18,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from PIL import Image
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from ctmsr.errors import PictureError
-from ctmsr.image import decode
+from ctmsr.image import FORMATS, header_size, read
+from ctmsr.image.encoding import SUFFIXES, FileFormat, encode
+from ctmsr.image.enlarging import enlarge
 from ctmsr.model.device import choose_device
 
 from ..tracking.released import Released
 
 PAGE = Path(__file__).with_name("page.html")
-FORMATS = ("JPEG", "PNG")
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _MAX_WAITING = 8
@@ -55,6 +55,8 @@ class Limits:
     """From the first byte of a picture to the response."""
     max_bytes: int = 32 * 2**20
     """Largest file accepted."""
+    keeps_metadata: bool = True
+    """Whether answers have the EXIF, XMP and resolution of the picture."""
     hosts: frozenset[str] = LOOPBACK
     """Names that requests may use for this server; empty allows all. This stops DNS rebinding, where another
     site's name resolves to this server."""
@@ -111,12 +113,12 @@ class Server:
         if request.scope["path"] != "/upscale":
             raise Refusal(404, "There is only a page at / and an upscaler at /upscale.")
         if request.method != "POST":
-            raise Refusal(405, "POST a PNG or JPEG file to /upscale.")
+            raise Refusal(405, "POST a picture file to /upscale.")
         try:
             async with asyncio.timeout(self._limits.timeout_s):
                 data = await _body(request, self._limits.max_bytes)
                 check_picture(data, self._limits.max_pixels)
-                return await self._upscale(data, "JPEG" if _wants_jpeg(request) else "PNG")
+                return await self._upscale(data, _wanted(request))
         except TimeoutError as error:
             raise Refusal(
                 504, f"It took longer than the limit of {self._limits.timeout_s:g} s. Send a smaller picture."
@@ -128,38 +130,44 @@ class Server:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            made = await loop.run_in_executor(self._model_thread, self._make, data, kind)
+            made, warnings = await loop.run_in_executor(self._model_thread, self._make, data, kind)
+        finally:
+            self._waiting -= 1
+        headers = {"X-Warning": _header(" ".join(warnings))} if warnings else None
+        return Response(made, media_type=f"image/{kind}", headers=headers)
+
+    def _make(self, data: bytes, kind: str) -> tuple[bytes, tuple[str, ...]]:
+        try:
+            lq = read(data, name="The picture")
         except PictureError as error:
             raise Refusal(
                 422, "The picture is damaged or incomplete. Save it again, or send another."
             ) from error
-        finally:
-            self._waiting -= 1
-        return Response(made, media_type=f"image/{kind.lower()}")
-
-    def _make(self, data: bytes, kind: str) -> bytes:
-        lq_u8 = decode(data, name="the picture")
-        sr = Image.fromarray(self._model(lq_u8, 0))
-        file = io.BytesIO()
-        settings = {"compress_level": 1} if kind == "PNG" else {"quality": 95, "subsampling": 0}
-        sr.save(file, kind, **settings)
-        return file.getvalue()
+        file_format = FileFormat(kind=kind, keeps_metadata=self._limits.keeps_metadata)
+        sr = enlarge(lq, lambda rgb: self._model(rgb, 0))
+        try:
+            warnings = lq.warnings + file_format.check(sr, 1, "The picture")
+        except PictureError as error:
+            raise Refusal(422, str(error)) from error
+        return encode(sr, file_format), warnings
 
 
 def check_picture(data: bytes, max_pixels: int) -> None:
     """Checks a picture by its header alone.
 
     Raises:
-        Refusal: It is neither JPEG nor PNG, or has more pixels than allowed.
+        Refusal: It is of no known format, or has more pixels than allowed.
     """
     most = f"at most {max_pixels / 1e6:g} megapixels are accepted. Make it smaller, or crop it."
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise Refusal(413, f"The picture has more than 170 megapixels; {most}") from error
-    except Exception as error:  # Pillow raises all sorts of errors on unknown data
-        raise Refusal(415, "This is not a picture: only PNG and JPEG files are accepted.") from error
+        width, height = header_size(data, name="The picture")
+    except PictureError as error:
+        if error.reason == "bomb":
+            raise Refusal(413, f"The picture has more than 170 megapixels; {most}") from error
+        if error.reason == "plug-in":
+            raise Refusal(415, str(error)) from error
+        known = f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]} files"
+        raise Refusal(415, f"This is not a picture: {known} are accepted.") from error
     if width * height > max_pixels:
         megapixels = width * height / 1e6
         raise Refusal(413, f"The picture has {width} x {height} pixels, {megapixels:.3g} megapixels; {most}")
@@ -199,8 +207,16 @@ def _name(host: str) -> str | None:
         return None
 
 
-def _wants_jpeg(request: Request) -> bool:
-    return "image/jpeg" in request.headers.get("accept", "")
+def _wanted(request: Request) -> str:
+    """The format that the client asks for by name; of several, and of none, PNG."""
+    accepted = request.headers.get("accept", "")
+    named = [kind for kind in SUFFIXES if f"image/{kind}" in accepted]
+    return named[0] if len(named) == 1 else "png"
+
+
+def _header(text: str) -> str:
+    """A text as one line of ASCII, as HTTP headers must be."""
+    return text.encode("ascii", "backslashreplace").decode().replace("\n", " ").replace("\r", " ")[:1000]
 
 
 def _page(model_uri: str, limits: Limits) -> str:

@@ -4,6 +4,7 @@ Needs neither Ray nor the data plane. Loading a model runs the Python code regis
 registries that you trust.
 """
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from ctmsr.errors import TrackingError
 
 from .runs import connect, tracking_errors
 
+logger = logging.getLogger(__name__)
 CHECKPOINT = "artifacts/checkpoint"
 """Where the files of a version have the checkpoint."""
 
@@ -126,13 +128,30 @@ class Version:
     device: str | None = None
 
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Loads it as a function of a uint8 (height, width, 3) picture and a seed; runs the model's own code.
+        """Loads it as a function of a (height, width, 3) picture and a seed; runs the model's own code.
+
+        Pictures are uint8 or uint16, and so is the result. Models registered before 0.2 take uint8 only;
+        for them, uint16 is rounded to it, with a warning.
 
         Raises:
             TrackingError: The model cannot be fetched or does not load.
         """
         model = load_from(self.tracking_uri, self.source, self.uri, self.device)
-        return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
+
+        def predict(lq: np.ndarray, seed: int) -> np.ndarray:
+            return np.asarray(model.predict(lq[None], params={"seed": seed}))[0]
+
+        def upscale(lq: np.ndarray, seed: int) -> np.ndarray:
+            try:
+                return predict(lq, seed)
+            except ValueError:
+                if lq.dtype != np.uint16:
+                    raise
+            logger.warning("%s takes pictures of 8 bits only. Register it again for 16.", self.uri)
+            sr_u8 = predict(np.rint(lq / 257).astype(np.uint8), seed)
+            return sr_u8.astype(np.uint16) * np.uint16(257)
+
+        return upscale
 
 
 @contextmanager

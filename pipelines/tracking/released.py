@@ -23,7 +23,7 @@ from ..infra.checkpoints import STARTER, fetched
 REGISTERED = "models:/"
 
 Upscale = Callable[[np.ndarray, int], np.ndarray]
-"""Takes a uint8 (height, width, 3) picture and a seed, and returns the picture enlarged by `scale`."""
+"""Takes a uint8 or uint16 (height, width, 3) picture and a seed, and returns the same enlarged by `scale`."""
 
 
 class Released(Protocol):

@@ -7,6 +7,8 @@ GPU or, if there are none, on every core.
 import argparse
 import sys
 
+from ctmsr.config import check
+
 from ..config.command_line import add_device_option, add_model_options
 from ..infra.exit_status import run
 from ..infra.invocation import command_parser, printable
@@ -20,9 +22,14 @@ examples:
         --model models:/ctmsr-x4/3 --tracking-uri http://mlflow:5000
   another take on the invented detail:
     python -m pipelines.upscale photo.jpg --output take2 --seed 2
+  for a web site, small and without the place where it was taken:
+    python -m pipelines.upscale photo.jpg --format webp --quality 80 --strip-metadata
+
+Results are upright and sRGB, whatever the picture's colour profile. Grey stays grey; transparency, 16 bits
+(in PNG), resolution, EXIF and XMP are kept. Of an animation, the first frame is upscaled, with a warning.
 
 Run the same command again to resume one that stopped: a picture is upscaled again only if it has changed, or
-if the model's version or the seed has.
+if the model's version, the seed or an option of the format has.
 A registered model comes with its own Python code, which runs here: use only registries you trust.
 Exit status: 0 all done; 1 some pictures could not be read, the others are done; 2 there was no picture, no
 model or no place to write to."""
@@ -43,13 +50,27 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, help="selects the invented detail; default %(default)s"
     )
+    parser.add_argument(
+        "--format", choices=["png", "jpeg", "webp"], default="png", help="of the results; default %(default)s"
+    )
+    parser.add_argument(
+        "--quality", type=int, metavar="N", help="of JPEG and WebP, from 1 to 100; default 95"
+    )
+    parser.add_argument(
+        "--strip-metadata", action="store_true", help="leave out EXIF, XMP and resolution of the picture"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Upscales every input; pictures that cannot be read are reported, and the others still done."""
     arguments = build_parser().parse_args(argv)
+    check(
+        arguments.quality is None or arguments.format != "png",
+        "--quality is for --format jpeg or webp; PNG loses nothing. Leave it out, or choose another format.",
+    )
     # Imported late: torch takes seconds, and --help or a bad option should not wait for it.
+    from ctmsr.image.encoding import FileFormat
     from ctmsr.model.device import choose_device, device_title
 
     from ..infra.listing import absolute
@@ -58,11 +79,16 @@ def main(argv: list[str] | None = None) -> int:
     from .run import FEW, find_pictures, upscale_few
     from .upscaler import Settings
 
+    file_format = FileFormat(
+        kind=arguments.format,
+        quality=95 if arguments.quality is None else arguments.quality,
+        keeps_metadata=not arguments.strip_metadata,
+    )
     check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
     model = find_released(arguments.model, arguments.tracking_uri, arguments.device)
-    settings = Settings(model, arguments.seed, output)
+    settings = Settings(model, arguments.seed, output, file_format)
     if len(pictures) <= FEW:
         print(f"computing on {device_title(choose_device(arguments.device))}", flush=True)
         outcomes = upscale_few(pictures, settings)
@@ -72,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         outcomes = upscale_many(pictures, settings)
     num_bad = 0
     for outcome in outcomes:
+        for warning in filter(None, outcome.warnings.split("\n")):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
         if outcome.problem:
             num_bad += 1
             print(f"error: {printable(outcome.problem)}", file=sys.stderr, flush=True)

@@ -45,7 +45,7 @@ def find_pictures(inputs: list[str], output: str) -> list[Picture]:
             if other is not picture:
                 raise DataError(
                     f"{other.folder}/{other.key} and {found.folder}/{file.key} would both become "
-                    f"{output}/{picture.target}_x*.png. Rename one, or use two output folders."
+                    f"{output}/{picture.target}_x*. Rename one, or use two output folders."
                 )
             if len(f"{output}/{picture.target}".encode()) > (limit := _PATH_BYTES["://" in output]):
                 raise DataError(

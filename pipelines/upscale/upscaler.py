@@ -1,37 +1,28 @@
 """Upscales one picture from storage into storage, unless that has been done already.
 
-A PNG written here records in a text chunk what it was made from: the picture's key and etag, the version of
-the model and the seed. The record is part of the file, which a store shows in full or not at all. So after
-any crash the files themselves tell what is done: there is no separate list to keep in sync, and nothing is
-done twice.
+A file written here records in a note what it was made from: the picture's key and etag, the version of the
+model, the seed and the settings of the format. The note is part of the file, which a store shows in full or
+not at all. So after any crash the files themselves tell what is done: there is no separate list to keep in
+sync, and nothing is done twice.
 """
 
-import io
 import json
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from ctmsr.errors import DataError, StoreError
-from ctmsr.image import decode
+from ctmsr.image import read
+from ctmsr.image.encoding import NOTE_BYTES, SUFFIXES, FileFormat, encode, has_note
+from ctmsr.image.enlarging import enlarge
 
 from ..infra.storage import open_uri, read_bytes, write_bytes
 from ..tracking.released import Released, Upscale
-
-NOTE = "ctmsr-ray"
-"""Keyword of the text chunk."""
-
-_COMPRESS_LEVEL = 1
-"""Of zlib. Pillow's default, 6, takes three times as long on a photograph and saves a tenth."""
-_HEAD_BYTES = 512
-"""Size of a PNG's header and of what surrounds its text chunk, generously."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Picture:
     etag: str
     """Changes with the content."""
     target: str
-    """Path below the output folder of the result, without `_x4.png`."""
+    """Path below the output folder of the result, without `_x4` and the suffix."""
     problem: str = ""
     """Why it cannot be read, if that is known already."""
 
@@ -58,6 +49,7 @@ class Settings:
     seed: int
     output: str
     """URI or absolute path of a folder."""
+    file_format: FileFormat = field(default_factory=FileFormat)
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,8 @@ class Outcome:
     """Whether an earlier run had made the result."""
     problem: str = ""
     """Why there is no result."""
+    warnings: str = ""
+    """What of the picture is not in the result; a line each."""
     seconds: float = 0.0
 
 
@@ -96,7 +90,7 @@ class Upscaler:
         return asdict(self.upscale(Picture(**row)))
 
     def upscale(self, picture: Picture) -> Outcome:
-        """Writes `<output>/<target>_x<scale>.png` atomically, unless it is there already.
+        """Writes `<output>/<target>_x<scale>` and the suffix atomically, unless it is there already.
 
         Raises:
             StoreError: A store fails. A defect of the picture is a problem in the outcome instead.
@@ -108,18 +102,20 @@ class Upscaler:
         if picture.problem:
             return Outcome(path, problem=picture.problem)
         self._load()
-        name = f"{picture.target}_x{self._scale}.png"
+        file_format = self._settings.file_format
+        name = f"{picture.target}_x{self._scale}{SUFFIXES[file_format.kind]}"
         uri, note = f"{self._settings.output}/{name}", self._note(picture)
         if _has_note(self._settings.output, name, note):
             return Outcome(path, uri, existed=True)
         try:
-            lq_u8 = decode(read_bytes(file_system, path), name=path)
+            lq = read(read_bytes(file_system, path), name=path)
+            warnings = lq.warnings + file_format.check(lq, self._scale, path)
         except StoreError:
             raise
         except DataError as error:  # damaged, or deleted since it was listed
             return Outcome(path, problem=str(error))
-        write_bytes(uri, encode(self._predict(lq_u8), note))
-        return Outcome(path, uri, seconds=time.monotonic() - started)
+        write_bytes(uri, encode(enlarge(lq, self._predict), file_format, note))
+        return Outcome(path, uri, warnings="\n".join(warnings), seconds=time.monotonic() - started)
 
     def _load(self) -> None:
         if self._scale:
@@ -129,10 +125,10 @@ class Upscaler:
                 self._upscale = self._settings.model.load()
                 self._scale = len(self._predict(np.zeros((8, 8, 3), np.uint8))) // 8
 
-    def _predict(self, lq_u8: np.ndarray) -> np.ndarray:
+    def _predict(self, lq: np.ndarray) -> np.ndarray:
         assert self._upscale is not None
         with self._turn:
-            return self._upscale(lq_u8, self._settings.seed)
+            return self._upscale(lq, self._settings.seed)
 
     def _note(self, picture: Picture) -> str:
         """JSON in ASCII."""
@@ -144,26 +140,21 @@ class Upscaler:
                 "model": model.uri,
                 "files": model.source,
                 "seed": self._settings.seed,
+                **asdict(self._settings.file_format),
             }
         )
 
 
-def encode(sr_u8: np.ndarray, note: str) -> bytes:
-    """A PNG file of a uint8 (height, width, 3) picture, with an ASCII note before the pixels."""
-    text = PngInfo()
-    text.add_text(NOTE, note)
-    file = io.BytesIO()
-    Image.fromarray(sr_u8).save(file, "PNG", pnginfo=text, compress_level=_COMPRESS_LEVEL)
-    return file.getvalue()
-
-
 def _has_note(folder: str, name: str, note: str) -> bool:
-    """Whether there is a PNG of this name with this note."""
+    """Whether there is a file of this name with this note."""
     file_system, root = _open(folder)
-    wanted = f"{NOTE}\0{note}".encode()
+    size = NOTE_BYTES + len(note)
     try:
         with file_system.open_input_file(f"{root}/{name}") as file:
-            return wanted in file.read(_HEAD_BYTES + len(wanted))
+            if has_note(file.read(size), note):
+                return True
+            file.seek(max(0, file.size() - size))
+            return has_note(file.read(size), note)
     except FileNotFoundError:
         return False
     except OSError as error:

@@ -22,7 +22,9 @@ import ray
 import torch
 
 from ctmsr.config import to_dict
-from ctmsr.image import decode
+from ctmsr.image import decode, read
+from ctmsr.image.encoding import encode
+from ctmsr.image.enlarging import enlarge
 from ctmsr.model import checkpoint
 from ctmsr.model.network import ConsistencyModel
 from pipelines.config.presets import PRESETS
@@ -33,7 +35,7 @@ from pipelines.tracking.released import Upscale
 from pipelines.tracking.runs import preflight
 from pipelines.upscale.on_ray import upscale_many
 from pipelines.upscale.run import find_pictures
-from pipelines.upscale.upscaler import Settings, encode
+from pipelines.upscale.upscaler import Settings
 
 from .store import photo
 
@@ -66,8 +68,9 @@ def loop_over_files(model: Upscale, files: list[Path], out: Path) -> float:
     out.mkdir(exist_ok=True)
 
     def make(file: Path) -> None:
-        lq_u8 = decode(file.read_bytes(), name=file.name)
-        (out / f"{file.stem}.png").write_bytes(encode(model(lq_u8, 0), ""))
+        lq = read(file.read_bytes(), name=file.name)
+        sr = enlarge(lq, lambda rgb: model(rgb, 0))
+        (out / f"{file.stem}.png").write_bytes(encode(sr))
 
     return timed([partial(make, file) for file in files])
 

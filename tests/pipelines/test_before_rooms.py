@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sqlite3
 import tarfile
 import zlib
@@ -23,7 +24,7 @@ from pipelines.data.pictures import find_pictures
 from pipelines.index.__main__ import main as index
 from pipelines.infra.checkpoints import fetched, find
 from pipelines.infra.progress import progress_line
-from pipelines.tracking.models import load_model
+from pipelines.tracking.models import find_version, load_model
 from pipelines.tracking.runs import connect
 from pipelines.train.run import check_inputs, train
 from pipelines.tune.run import check_search, search
@@ -130,11 +131,18 @@ def test_a_run_and_a_search_are_taken_for_the_same_but_for_another_noise(world: 
         check_search(changed)
 
 
-def test_a_registered_model_predicts_and_is_measured_against(world: World, tmp_path: Path) -> None:
+def test_a_registered_model_predicts_and_is_measured_against(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     uri = world.config.tracking_uri
     picture = np.random.default_rng(1).integers(0, 256, (11, 19, 3), np.uint8)
     predicted: Any = np.asarray(load_model(uri, "models:/toy@champion").predict(picture))
     assert np.abs(predicted.astype(int) - world.predicted).max() <= 1
+    upscale = find_version(uri, "models:/toy@champion").load()
+    with caplog.at_level(logging.WARNING):
+        deep = upscale(picture.astype(np.uint16) * 257, 0)
+    assert np.array_equal(deep, predicted.astype(np.uint16) * 257)
+    assert "takes pictures of 8 bits only. Register it again for 16." in caplog.text
     decision = register_stated(uri, write_checkpoint(tmp_path / "worse", 0, lpips=2.0))
     assert (decision.version, decision.champion, decision.is_promoted) == ("2", "1", False)
 

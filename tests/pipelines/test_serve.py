@@ -112,12 +112,12 @@ def test_a_jpeg_goes_in_and_a_jpeg_comes_out_where_it_is_asked_for(server: Serve
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"A recipe for bread.\n", 415, "This is not a picture: only PNG and JPEG files are accepted."),
+        (b"A recipe for bread.\n", 415, "This is not a picture: JPEG, PNG, WEBP, TIFF"),
         (b"", 415, "This is not a picture"),
         (encode_png(PICTURE)[:200], 422, "The picture is damaged or incomplete."),
-        (encoded(Image.fromarray(PICTURE), "BMP"), 415, "only PNG and JPEG"),
+        (encoded(Image.fromarray(PICTURE), "PDF"), 415, "This is not a picture"),
     ],
-    ids=["text", "nothing", "half", "bmp"],
+    ids=["text", "nothing", "half", "pdf"],
 )
 def test_what_is_no_picture_is_told(server: Server, body: bytes, status: int, message: str) -> None:
     response = ask(server, body)
@@ -166,7 +166,7 @@ def test_who_comes_when_many_wait_is_told_to_come_back(server: Server) -> None:
     ("how", "status", "message"),
     [
         ({"path": "/etc"}, 404, "only a page"),
-        ({"method": "GET"}, 405, "POST a PNG or JPEG"),
+        ({"method": "GET"}, 405, "POST a picture file"),
         ({"method": "POST", "path": "/"}, 405, "use GET"),
         ({"host": "["}, 421, "This server is 127.0.0.1 or"),
         ({"host": "evil.example:8000"}, 421, "not 'evil.example:8000'"),

@@ -1,5 +1,6 @@
 """A training step's kernels on the published network's kinds of blocks, at tiny width; times by hand."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -112,7 +113,7 @@ def test_inductor_makes_no_more_kernels_of_a_block_than_the_rule_says(attention:
     block = ResidualBlock(config, 32, 32, 128, attention=attention).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, emb = torch.randn(2, 32, 32, 32).to(memory_format=torch.channels_last), torch.randn(2, 128)
 
-    def passes(module: nn.Module, *inputs: torch.Tensor) -> None:
+    def passes(module: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
         module(*(value.detach().requires_grad_() for value in inputs)).sum().backward()
 
     compiled = torch.compile(block, dynamic=False)

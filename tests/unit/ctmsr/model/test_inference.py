@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctmsr.errors import ConfigError
@@ -73,6 +74,19 @@ def test_one_step_from_the_noisy_upscaled_picture(network: ConsistencyModel) -> 
     assert np.array_equal(upscale(network, lq_u8, sigma_max=0.8, seed=7), to_u8(expected)[0])
 
 
+def test_sixteen_bits_are_nowhere_rounded_to_eight(network: ConsistencyModel) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 32, 3), dtype=np.uint16)
+    lq = torch.from_numpy(deep.astype(np.float32)).permute(2, 0, 1)[None] / 32767.5 - 1
+    bicubic = F.interpolate(lq, scale_factor=4, mode="bicubic", align_corners=False).clamp(-1, 1)
+    noise = position_noise(7, slice(0, 64), slice(0, 128))
+    with torch.no_grad():
+        expected = network(bicubic + 0.8 * noise, torch.tensor([0.8]), lq)
+    sr = upscale(network, deep, sigma_max=0.8, seed=7)
+    assert sr.dtype == np.uint16
+    levels = expected.clamp(-1, 1).add(1).mul(32767.5)[0].permute(1, 2, 0).numpy()
+    assert np.abs(sr - levels).max() < 4  # of 65535
+
+
 def test_padding_is_by_reflection_and_cut_off(network: ConsistencyModel) -> None:
     lq_u8 = picture(13, 30)
     padded = np.pad(lq_u8, ((0, 3), (0, 2), (0, 0)), mode="reflect")
@@ -138,7 +152,7 @@ def test_noise_stays_where_it_is_when_a_picture_grows() -> None:
     ],
 )
 def test_refuses_what_is_no_picture(network: ConsistencyModel, bad: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"uint8 of shape \(h, w, 3\)"):
+    with pytest.raises(ValueError, match=r"uint8 or uint16 of shape \(h, w, 3\)"):
         upscale(network, bad, sigma_max=1.0)
 
 

@@ -18,6 +18,8 @@ Shapes = tuple[torch.Size, ...]
 
 _MAX_SHAPES = 8
 """Shapes to record at most; each has its own inputs and output, and all share the memory of activations."""
+_RECORDING = threading.Lock()
+"""torch allows one recording at a time in a process, of whatever model."""
 
 
 def replay_graphs(model: ConsistencyModel) -> ConsistencyModel:
@@ -41,7 +43,8 @@ class _Replayed:
         self._call, self._lock = call, threading.Lock()
         self._seen: set[Shapes] = set()
         self._recordings: dict[Shapes, _Recording] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        # Recordings share the memory of a pool only if they are made in one stream.
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
         inputs = x, sigma, lq
@@ -51,19 +54,24 @@ class _Replayed:
                 if shapes not in self._seen or len(self._recordings) == _MAX_SHAPES:
                     self._seen.add(shapes)
                     return self._call(*inputs)
-                self._recordings[shapes] = _Recording(self._call, inputs, self._pool)
+                with _RECORDING:
+                    recording = _Recording(self._call, inputs, self._pool, self._stream)
+                self._recordings[shapes] = recording
             return self._recordings[shapes].replay(inputs)
 
 
 class _Recording:
     """One call as a graph that reads its inputs from, and writes its output to, fixed memory."""
 
-    def __init__(self, call: Call, inputs: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(
+        self, call: Call, inputs: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
-        self._graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call(*self._inputs)  # creates this thread's handles of cuBLAS and cuDNN, which a graph must not
+        torch.clear_autocast_cache()  # autocast frees the casts that it made here; the graph makes its own
         with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
             self._output = call(*self._inputs)
 

@@ -44,7 +44,7 @@ run_part() {
     curves) measure train_step --kit "$kit" --json "$out/curves.json" \
         $(sized "--batch 16 --rounds 200" "--batch 1 --rounds 2 --warm-up 1") ;;
     inference) measure inference --json "$out/inference.json" \
-        $(sized "--preset published" "--sizes 32 --rounds 1") ;;
+        $(sized "--preset published" "--sizes 32 --rounds 1 --threads 1") ;;
     ablation) measure ablation --kit "$kit" --photos "$photos" --results "$out/ablation.json" \
         $(sized "--network even --seconds ${ABLATION_SECONDS:-5}" "--network tiny --seconds 0 --steps 2 --seeds 1 --pairs 8
             --eval-photos 1 --eval-size 192 --draws 1 --processes 1 --set train.global_batch_size=2 train.micro_batch_size=2") ;;

@@ -135,7 +135,8 @@ def _upscaled(
     height, width = lq_u8.shape[:2]
     padding = ((0, -height % multiple), (0, -width % multiple), (0, 0))
     padded = np.pad(lq_u8, padding, mode="reflect")[None]  # a side of 1 repeats its pixel
-    lq = to_tensor(torch.from_numpy(padded).to(device))
+    levels = torch.from_numpy(padded)  # on their way to a GPU, bytes are less than floats
+    lq = to_tensor(levels.to(device)) if lq_u8.dtype == np.uint8 else to_tensor(levels).to(device)
     lq_up = upsample(lq, scale, num_bits=8 * lq_u8.itemsize)
     rows, columns = (
         tile_spans(side, tile=config.tile, overlap=config.overlap, multiple=multiple) for side in lq.shape[2:]

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     num_bad = 0
     for outcome in outcomes:
         for warning in filter(None, outcome.warnings.split("\n")):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
         if outcome.problem:
             num_bad += 1
             print(f"error: {printable(outcome.problem)}", file=sys.stderr, flush=True)

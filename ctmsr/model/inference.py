@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,15 @@ from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise
 
 logger = logging.getLogger(__name__)
+
+_STRIP_ROWS = 64
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a primitive",
+)
+"""In the messages of CUDA and MPS, of torch's allocator on Linux and Windows, and of oneDNN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +88,8 @@ def upscale(
     network sees. The published inference averages overlaps evenly; here they are cross-faded, which leaves no
     step at the edge of a tile.
 
-    If a GPU runs out of memory, this retries with half the tiles per call, finally with smaller tiles, and
-    logs which settings fit.
+    If a GPU or the host runs out of memory, this retries with half the tiles per call, finally with smaller
+    tiles, and logs once which settings fit.
 
     Args:
         model: In eval mode, on the device to compute on; fastest if it comes from `for_inference`.
@@ -94,7 +104,8 @@ def upscale(
     Raises:
         ValueError: The array is not such a picture, or `model` is in training mode.
         ConfigError: The tile does not exceed the overlap by the network's multiple.
-        OutOfMemoryError: The GPU cannot hold even one tile of the smallest size.
+        RuntimeError, MemoryError: There is not enough memory for even one tile of the smallest size:
+            `is_out_of_memory` holds for the error.
     """
     if lq_u8.dtype not in (np.uint8, np.uint16) or lq_u8.ndim != 3 or lq_u8.shape[2] != 3 or lq_u8.size == 0:
         raise ValueError(
@@ -109,20 +120,33 @@ def upscale(
         try:
             sr = _upscaled(model, lq_u8, sigma_max, seed, fitting)
             break
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
             smaller = _smaller(fitting, model.config.multiple, max(lq_u8.shape))
-            if smaller is None:
+            if smaller is None or not is_out_of_memory(error):
                 raise
         fitting = smaller  # outside the handler, whose traceback keeps the memory allocated
     if fitting != config:
-        logger.warning(
-            "the GPU ran out of memory with inference.tile=%d, inference.batch_tiles=%d, but not with "
-            "inference.tile=%d, inference.batch_tiles=%d. Set these to avoid the retries.",
-            *(config.tile, config.batch_tiles, fitting.tile, fitting.batch_tiles),
-        )
+        _warn_once(config.tile, config.batch_tiles, fitting.tile, fitting.batch_tiles)
     to_levels = to_u8 if lq_u8.dtype == np.uint8 else to_u16
     sr_levels: np.ndarray = to_levels(sr[None])[0]
     return sr_levels
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the host had no memory left; only for CUDA does torch have a class of its own."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(mark in text for mark in _OUT_OF_MEMORY)
+    )
+
+
+@lru_cache
+def _warn_once(tile: int, batch_tiles: int, fitting_tile: int, fitting_batch_tiles: int) -> None:
+    logger.warning(
+        "memory ran out with inference.tile=%d, inference.batch_tiles=%d, but not with "
+        "inference.tile=%d, inference.batch_tiles=%d. Set these to avoid the retries.",
+        *(tile, batch_tiles, fitting_tile, fitting_batch_tiles),
+    )
 
 
 def _upscaled(
@@ -231,5 +255,8 @@ def low_pass(images: Tensor, std_px: float) -> Tensor:
     weights = (weights / weights.sum()).reshape(1, 1, 1, -1)
     planes = images.flatten(0, 1)[:, None]
     for _ in range(2):  # along the rows, then, transposed, along the columns
-        planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode="replicate"), weights).transpose(2, 3)
+        padded = F.pad(planes, (radius, radius, 0, 0), mode="replicate")
+        # In strips, which gives the same bits: torch copies an input of conv2d 16-fold.
+        strips = [F.conv2d(strip, weights) for strip in padded.split(_STRIP_ROWS, dim=2)]
+        planes = torch.cat(strips, dim=2).transpose(2, 3)
     return planes.reshape(images.shape)

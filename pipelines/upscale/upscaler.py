@@ -20,7 +20,9 @@ from ctmsr.errors import DataError, StoreError
 from ctmsr.image import read
 from ctmsr.image.encoding import NOTE_BYTES, SUFFIXES, FileFormat, encode, has_note
 from ctmsr.image.enlarging import enlarge
+from ctmsr.model.inference import is_out_of_memory
 
+from ..infra.exit_status import one_line
 from ..infra.storage import open_uri, read_bytes, write_bytes
 from ..tracking.released import Released, Upscale
 
@@ -114,7 +116,13 @@ class Upscaler:
             raise
         except DataError as error:  # damaged, or deleted since it was listed
             return Outcome(path, problem=str(error))
-        write_bytes(uri, encode(enlarge(lq, self._predict), file_format, note))
+        try:
+            sr = enlarge(lq, self._predict)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Outcome(path, problem=_too_large(path, lq.pixels, error))
+        write_bytes(uri, encode(sr, file_format, note))
         return Outcome(path, uri, warnings="\n".join(warnings), seconds=time.monotonic() - started)
 
     def _load(self) -> None:
@@ -143,6 +151,14 @@ class Upscaler:
                 **asdict(self._settings.file_format),
             }
         )
+
+
+def _too_large(path: str, lq: np.ndarray, error: BaseException) -> str:
+    height, width = lq.shape[:2]
+    return (
+        f"{path} needs more memory than there is ({width}x{height} pixels; {one_line(error)}). "
+        "Split it, or upscale it on another machine."
+    )
 
 
 def _has_note(folder: str, name: str, note: str) -> bool:

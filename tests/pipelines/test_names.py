@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from pipelines.data.stream import train_stream
 from pipelines.index.__main__ import main as index
 from pipelines.infra.listing import list_images
 from pipelines.infra.storage import list_sizes, open_uri, read_bytes, write_bytes
+from pipelines.tracking.released import Upscale
 from pipelines.upscale.__main__ import main as upscale
 from pipelines.upscale.run import find_pictures as find_inputs
 from pipelines.upscale.run import target_of
+from pipelines.upscale.upscaler import Settings, Upscaler
 from tests.conftest import S3
 from tests.support.keys import keys_of
 from tests.support.permissions import permissions_hold
@@ -317,6 +320,31 @@ def test_a_single_file_is_a_picture_whatever_its_name(
     options = ["--output", str(tmp_path / "out"), "--model", checkpoint_uri]
     assert upscale([str(tmp_path / "IMG_0001.2024"), *options]) == 0
     assert (tmp_path / "out" / "IMG_0001.2024_x4.png").exists()
+
+
+@dataclass(frozen=True)
+class Hungry:
+    """A model for which memory never suffices."""
+
+    uri: str = "hungry"
+    source: str = "1"
+
+    def load(self) -> Upscale:
+        def upscale_small(lq_u8: np.ndarray, seed: int) -> np.ndarray:
+            if len(lq_u8) > 8:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 GB")
+            return lq_u8
+
+        return upscale_small
+
+
+def test_a_picture_too_large_for_the_memory_is_counted(tmp_path: Path) -> None:
+    write_bytes(f"{tmp_path}/a.png", pictures(("a",))["a"])
+    (picture,) = find_inputs([f"{tmp_path}/a.png"], f"{tmp_path}/out")
+    outcome = Upscaler(Settings(Hungry(), 0, f"{tmp_path}/out")).upscale(picture)
+    assert outcome.problem.startswith(
+        f"{tmp_path}/a.png needs more memory than there is (33x34 pixels; Runtime"
+    )
 
 
 def test_two_names_that_only_some_file_systems_tell_apart(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """One-step inference: any size, the seed's noise belongs to the picture, and tiles leave no trace."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -10,9 +13,10 @@ from torch import Tensor, nn
 
 from ctmsr.errors import ConfigError
 from ctmsr.image import to_tensor, to_u8, upsample
-from ctmsr.model.inference import InferenceConfig, tile_spans, upscale
+from ctmsr.model.inference import InferenceConfig, _warn_once, tile_spans, upscale
 from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
 from ctmsr.model.noise import position_noise
+from tests.support.repository import ROOT
 from tests.support.tiny import filled_model
 
 TINY = NetworkConfig(
@@ -224,28 +228,41 @@ def test_tiles_of_one_call_are_those_of_many(batch_tiles: int) -> None:
 class Small(Pointwise):
     """A network for which memory suffices up to so many pixels of one call."""
 
-    def __init__(self, num_pixels: int) -> None:
+    def __init__(self, num_pixels: int, error: Exception) -> None:
         super().__init__()
-        self.num_pixels = num_pixels
+        self.num_pixels, self.error = num_pixels, error
 
     def forward(self, x: Tensor, sigma: Tensor, lq: Tensor) -> Tensor:
         if lq[:, 0].numel() > self.num_pixels:
-            raise torch.OutOfMemoryError("too many pixels")
+            raise self.error
         return super().forward(x, sigma, lq)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        MemoryError(),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize(
     ("num_pixels", "fitting"),
     [(2 * 64 * 64, "tile=64, inference.batch_tiles=2"), (32 * 32, "tile=32, inference.batch_tiles=1")],
 )
 def test_too_little_memory_is_met_by_less_at_once(
-    num_pixels: int, fitting: str, caplog: pytest.LogCaptureFixture
+    num_pixels: int, fitting: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
+    _warn_once.cache_clear()
     lq_u8, config = picture(90, 131), InferenceConfig(tile=64, overlap=16, batch_tiles=4)
     expected = upscale(Pointwise().eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
     assert caplog.messages == []
-    found = upscale(Small(num_pixels).eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
-    assert np.array_equal(found, expected)
+    for _ in range(2):
+        found = upscale(Small(num_pixels, error).eval(), lq_u8, sigma_max=1.0, config=config)  # type: ignore[arg-type]
+        assert np.array_equal(found, expected)
     assert len(caplog.messages) == 1
     assert f"inference.tile=64, inference.batch_tiles=4, but not with inference.{fitting}" in caplog.text
 
@@ -253,8 +270,68 @@ def test_too_little_memory_is_met_by_less_at_once(
 @pytest.mark.parametrize("tile", [64, 1024])
 def test_where_the_smallest_tile_is_too_much_the_error_is_told(tile: int) -> None:
     config = InferenceConfig(tile=tile, overlap=16)
+    error = torch.OutOfMemoryError("too many pixels")
     with pytest.raises(torch.OutOfMemoryError, match="too many pixels"):
-        upscale(Small(32 * 32 - 1).eval(), picture(90, 131), sigma_max=1.0, config=config)  # type: ignore[arg-type]
+        upscale(Small(32 * 32 - 1, error).eval(), picture(90, 131), sigma_max=1.0, config=config)  # type: ignore[arg-type]
+
+
+def test_another_error_is_not_retried() -> None:
+    network = Small(0, RuntimeError("sizes do not match")).eval()
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        upscale(network, picture(90, 131), sigma_max=1.0)  # type: ignore[arg-type]
+    assert network.seen == []
+
+
+HOST = """
+import itertools, resource
+from pathlib import Path
+import numpy as np, skimage.data, torch
+from ctmsr.config import from_dict
+from ctmsr.model import checkpoint, inference
+
+torch.set_num_threads(1)
+model, manifest = checkpoint.load_model(Path("pipelines/starter"))
+config = from_dict(inference.InferenceConfig, manifest.config["inference"], "inference")
+lq_u8 = np.ascontiguousarray(skimage.data.astronaut()[100:196, 64:352])
+
+def upscaled(lq_u8):
+    return inference.upscale(model, lq_u8, sigma_max=manifest.config["schedule"]["sigma_max"], config=config)
+
+expected = upscaled(lq_u8)
+tiles = []
+whole = inference._upscaled
+inference._upscaled = lambda *args: (tiles.append(args[-1].tile), whole(*args))[1]
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+for spare in itertools.count(300, -20):
+    limit = pages * resource.getpagesize() + (spare << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    found = upscaled(lq_u8)
+    if len(tiles) > 1:
+        break
+    tiles.clear()
+print(np.abs(expected.astype(int) - found).mean(), *tiles)
+"""
+"""Upscales with less and less memory to spare, in MiB, until a tile has to be halved."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_host_out_of_memory_gives_the_same_picture() -> None:
+    returned = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}  # all that is freed
+    ended = subprocess.run(
+        [sys.executable, "-c", HOST],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env=os.environ | returned,
+        check=True,
+    )
+    difference, *tiles = ended.stdout.split()
+    assert 0 < float(difference) < 1
+    assert tiles == ["288", "128"]
+    (warning,) = ended.stderr.splitlines()
+    assert warning.startswith("memory ran out with inference.tile=288, inference.batch_tiles=1, but not with")
 
 
 def test_refuses_no_tiles_at_once() -> None:

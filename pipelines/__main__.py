@@ -20,6 +20,7 @@ COMMANDS = (
     "register",
     "upscale",
     "serve",
+    "export",
     "convert",
     "backbones",
     "demo",

@@ -153,7 +153,7 @@ def _upscaled(
             if scale * column.stop == band.shape[2]:
                 _cross_fade(sr, band, scale * row.start, scale * config.overlap, axis=1)
     if config.colour_hold_px:
-        sr += _low_pass(lq_up[0] - sr, scale * config.colour_hold_px)
+        sr += low_pass(lq_up - sr, scale * config.colour_hold_px)[0]
     return sr[:, : scale * height, : scale * width]
 
 
@@ -219,12 +219,13 @@ def _cross_fade(canvas: Tensor, piece: Tensor, start: int, overlap: int, *, axis
     canvas.narrow(axis, start + overlap, rest).copy_(piece.narrow(axis, overlap, rest))
 
 
-def _low_pass(image: Tensor, std_px: float) -> Tensor:
-    """Gaussian blur of (C, H, W), cut at three standard deviations, the edge pixels repeated outwards."""
+def low_pass(images: Tensor, std_px: float) -> Tensor:
+    """Gaussian blur of (N, C, H, W), cut at three standard deviations, the edge pixels repeated outwards."""
     radius = math.ceil(3 * std_px)
-    offsets = torch.arange(-radius, radius + 1, device=image.device)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (offsets / std_px) ** 2)
     weights = (weights / weights.sum()).reshape(1, 1, 1, -1)
+    planes = images.flatten(0, 1)[:, None]
     for _ in range(2):  # along the rows, then, transposed, along the columns
-        image = F.conv2d(F.pad(image[:, None], (radius, radius, 0, 0), mode="replicate"), weights)[:, 0].mT
-    return image
+        planes = F.conv2d(F.pad(planes, (radius, radius, 0, 0), mode="replicate"), weights).transpose(2, 3)
+    return planes.reshape(images.shape)

@@ -6,8 +6,10 @@ registries that you trust.
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -19,6 +21,9 @@ from mlflow.pyfunc import PyFuncModel
 from ctmsr.errors import TrackingError
 
 from .runs import connect, tracking_errors
+
+CHECKPOINT = "artifacts/checkpoint"
+"""Where the files of a version have the checkpoint."""
 
 
 class NoSuchModelError(TrackingError):
@@ -121,6 +126,33 @@ class Version:
         """
         model = load_from(self.tracking_uri, self.source, self.uri)
         return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
+
+
+@contextmanager
+def fetched_version(tracking_uri: str, model_uri: str) -> Iterator[tuple[Path, str]]:
+    """The checkpoint inside a version, as a local folder for the duration of a `with` block, and its licence.
+
+    None of the version's code runs.
+
+    Args:
+        tracking_uri: From `runs.preflight`.
+        model_uri: The model.
+
+    Raises:
+        TrackingError: As `find_version`; or the version was not made by `pipelines.register`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        with tracking_errors(f"cannot fetch the weights of {model_uri} from {tracking_uri}"):
+            client = connect(tracking_uri)
+            found = named_version(client, model_uri)
+            source = client.get_model_version_download_uri(found.name, found.version)
+            folder = mlflow.artifacts.download_artifacts(
+                f"{source}/{CHECKPOINT}",
+                dst_path=scratch,
+                tracking_uri=tracking_uri,
+                registry_uri=tracking_uri,
+            )
+        yield Path(folder), found.tags.get("licence", "")
 
 
 def find_version(tracking_uri: str, model_uri: str) -> Version:

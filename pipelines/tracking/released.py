@@ -3,7 +3,8 @@
 Only the last imports MLflow, which takes seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -80,6 +81,37 @@ def find_released(model: str | None, tracking_uri: str) -> Released:
     with fetched(model) as folder:
         files = checkpoint.read_manifest(folder).files
     return CheckpointModel(model, files[checkpoint.MODEL_FILE]["sha256"])
+
+
+@contextmanager
+def fetched_checkpoint(model: str, tracking_uri: str) -> Iterator[tuple[Path, str]]:
+    """The checkpoint behind a model's name, as a local folder for the duration of a `with` block.
+
+    Args:
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `starter` or a checkpoint's URI.
+        tracking_uri: The MLflow server whose registry to search.
+
+    Yields:
+        The folder, and the licence of the weights.
+
+    Raises:
+        UserError: There is no such model, or MLflow or a store fails.
+    """
+    if model.startswith(REGISTERED):
+        from .models import fetched_version
+        from .runs import preflight
+
+        with fetched_version(preflight(tracking_uri), model) as (folder, licence):
+            yield folder, licence or _licence(folder)
+    else:
+        with fetched(model) as folder:
+            yield folder, _licence(folder)
+
+
+def _licence(folder: Path) -> str:
+    """As the config of a checkpoint has it."""
+    config = checkpoint.read_manifest(folder).config
+    return str(config.get("register", {}).get("licence", "unknown"))
 
 
 def _champion(tracking_uri: str) -> Released | None:

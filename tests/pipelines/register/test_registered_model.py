@@ -12,6 +12,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
@@ -24,6 +25,7 @@ from pipelines.register import run as register_module
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
 from pipelines.tracking.models import load_model
+from pipelines.tracking.released import fetched_checkpoint
 from pipelines.tracking.runs import connect, preflight
 from tests.support.registering import (
     PICTURES,
@@ -92,6 +94,22 @@ def test_the_champion_gives_the_bytes_of_its_checkpoint(registry: Registry) -> N
     other = model.predict(PICTURES, params={"seed": 4})
     assert np.array_equal(other, by_checkpoint(registry.checkpoint, seed=4))
     assert not np.array_equal(other, model.predict(PICTURES))
+
+
+def test_its_weights_can_be_fetched_by_its_name(registry: Registry) -> None:
+    for name in ("models:/toy@champion", f"models:/toy/{registry.version}"):
+        with fetched_checkpoint(name, registry.uri) as (folder, licence):
+            found, _ = checkpoint.load_model(folder)
+        assert licence == "Apache-2.0"
+        expected, _ = checkpoint.load_model(registry.checkpoint)
+        assert all(
+            torch.equal(value, found.state_dict()[key]) for key, value in expected.state_dict().items()
+        )
+    with (
+        pytest.raises(TrackingError, match="models:/toy@other is not in the registry"),
+        fetched_checkpoint("models:/toy@other", registry.uri),
+    ):
+        pass
 
 
 def test_a_picture_does_not_depend_on_its_batch(registry: Registry) -> None:

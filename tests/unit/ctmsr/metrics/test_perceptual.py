@@ -15,6 +15,7 @@ from ctmsr.errors import UserError
 from ctmsr.image import to_tensor
 from ctmsr.metrics.backbone_cache import backbone_path
 from ctmsr.metrics.perceptual import Lpips, load_lpips, lpips_tensors
+from tests.support.torchvision import make_importable
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,7 @@ def test_a_step_against_the_gradient_brings_the_images_closer(vgg: Lpips) -> Non
 
 def of_the_package(net: str, a: Tensor, b: Tensor) -> Tensor:
     """The distance as the package computes it, on our backbone."""
-    for name in ("nms", "qnms"):  # torchvision describes these two, and fails to where it is of another build
-        if not hasattr(torch.ops.torchvision, name):
-            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", schema)
+    make_importable()
     import lpips as package
 
     reference = package.LPIPS(net=net, pnet_rand=True, verbose=False)

@@ -7,6 +7,7 @@ published weights load entry by entry. The blocks are DDPM++ (EDM) residual bloc
 import copy
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -103,6 +104,13 @@ class ConsistencyModel(nn.Module):
         c_skip, c_out, c_noise = preconditioning(sigma.to(x.device, torch.float32).reshape(-1).expand(len(x)))
         raw = self.model(x, c_noise, lq)
         return expand(c_skip, x) * x.float() + expand(c_out, x) * raw.float()
+
+
+@lru_cache(maxsize=4)
+def described(config: NetworkConfig) -> ConsistencyModel:
+    """The network without memory for its weights: their names and shapes. Shared, so do not change it."""
+    with torch.device("meta"):
+        return ConsistencyModel(config)
 
 
 def bf16_copy(model: ConsistencyModel) -> ConsistencyModel:

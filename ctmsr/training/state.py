@@ -1,7 +1,9 @@
 """The state that training changes, and its conversion to a checkpoint's tensors and back."""
 
 import copy
-from collections.abc import Mapping
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from ..config import check
 from ..model.checkpoint import CURRENT_WEIGHTS
 from ..model.network import ConsistencyModel
+from .transfer import plan_transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class OptimConfig:
     """Decay of the averaged weights, which are evaluated and released."""
     dtm_refresh_steps: int = 1_000
     """Steps between renewals of the frozen copy that DTM compares with."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameter names that keep their weights, such as model.enc.*; * stands for anything."""
 
     def __post_init__(self) -> None:
         check(self.ct_steps >= 0, f"optim.ct_steps must be at least 0, got {self.ct_steps}.")
@@ -98,6 +103,8 @@ class TrainState:
             cast(list[Tensor], list(model.parameters()))
             for model in (self.model, self.network, self.ema_model)
         )
+        pairs = zip(self._weights, self._copies, strict=True)
+        self._trained = [(weight, copied) for weight, copied in pairs if weight.requires_grad]
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -114,14 +121,14 @@ class TrainState:
         """Moves the gradients of `network` to `model`, adding them in float32."""
         if self.network is self.model:
             return
-        found = [copied.grad for copied in self._copies if copied.grad is not None]
-        if self._weights[0].grad is None:
-            for weight in self._weights:
+        found = [copied.grad for _, copied in self._trained if copied.grad is not None]
+        if self._trained[0][0].grad is None:
+            for weight, _ in self._trained:
                 weight.grad = torch.empty_like(weight)
             torch._foreach_copy_(self.gradients, found)
         else:
             torch._foreach_add_(self.gradients, [gradient.float() for gradient in found])
-        for copied in self._copies:
+        for _, copied in self._trained:
             copied.grad = None
 
     @torch.no_grad()
@@ -145,6 +152,36 @@ class TrainState:
     def refresh_dtm_model(self) -> None:
         """Sets `dtm_model` to a frozen copy of the current weights, without dropout."""
         self.dtm_model = copy.deepcopy(self.network).eval().requires_grad_(False)
+
+
+def frozen_names(model: ConsistencyModel, patterns: Sequence[str]) -> set[str]:
+    """The parameters that `optim.freeze` takes out of training.
+
+    Args:
+        model: Any model of the run's network.
+        patterns: Of whole parameter names, with *, ? and [...] as in a shell.
+
+    Raises:
+        ConfigError: A pattern matches no parameter, or no parameter is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
+        check(bool(matched), f"optim.freeze: {pattern!r} matches no parameter. The nearest is {near[0]}.")
+        found.update(matched)
+    check(
+        len(found) < len(names),
+        f"optim.freeze {list(patterns)} matches every parameter: nothing is left to train.",
+    )
+    return found
+
+
+def freeze(model: ConsistencyModel, patterns: Sequence[str]) -> None:
+    """Takes the matching parameters out of training. Call it before copies of the model and DDP are made."""
+    for name in frozen_names(model, patterns):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def build_state(model: ConsistencyModel, optim: OptimConfig, parallel: nn.Module | None = None) -> TrainState:
@@ -176,16 +213,26 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
 def start_from(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:
     """Starts from the weights, EMA and, if any, optimizer state of another run; steps count from 0.
 
+    What `plan_transfer` finds of no use in the checkpoint stays as it was initialised. The optimizer state is
+    taken only from a network that is the same. Frozen parameters get the EMA weights, the released ones, so
+    that training sees the values that evaluation does.
+
     Args:
-        state: Freshly built, with the same network.
-        ema: The checkpoint's model.
+        state: Freshly built.
+        ema: The checkpoint's model, of any network of the family.
         tensors: Its training state; empty for a released checkpoint, whose EMA weights are then trained.
     """
-    state.model.load_state_dict(_section(tensors, CURRENT_WEIGHTS) or ema.state_dict())
-    state.ema_model.load_state_dict(ema.state_dict())
+    plan = plan_transfer(ema, state.model)
+    averages, fresh = ema.state_dict(), state.model.state_dict()
+    averaged = plan.apply(averages, fresh)
+    current = plan.apply(_section(tensors, CURRENT_WEIGHTS) or averages, fresh)
+    frozen = {name for name, weight in state.model.named_parameters() if not weight.requires_grad}
+    state.model.load_state_dict(current | {name: averaged[name] for name in frozen})
+    state.ema_model.load_state_dict(averaged)
     state.num_averaged = 1  # at 0 the first update would replace the average
     state.refresh_network()
-    _restore_optimizer(state, tensors)
+    if plan.is_whole:
+        _restore_optimizer(state, tensors)
 
 
 def restore_state(state: TrainState, ema: ConsistencyModel, tensors: Mapping[str, Tensor]) -> None:

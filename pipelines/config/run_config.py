@@ -6,11 +6,11 @@ from typing import Literal
 from ctmsr.config import check
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.model.inference import InferenceConfig, tile_spans
-from ctmsr.model.network import NetworkConfig
+from ctmsr.model.network import NetworkConfig, described
 from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
 from ctmsr.training.losses import LossConfig, dtm_range
 from ctmsr.training.resized_crop import lpips_size
-from ctmsr.training.state import OptimConfig
+from ctmsr.training.state import OptimConfig, frozen_names
 from ctmsr.training.step import Recipe
 
 from .defaults import MODEL_NAME, TRACKING_URI
@@ -219,7 +219,7 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, noise, sample order, crops and degradation."""
     init_uri: str = ""
-    """Checkpoint to start from, with its weights, EMA and optimizer state; empty for random weights."""
+    """Checkpoint to start from, of this network or of one that shares most weights; empty for random ones."""
     storage_uri: str = "runs"
     """Folder for checkpoints: a local path, s3://bucket/folder or gs://bucket/folder."""
     tracking_uri: str = TRACKING_URI
@@ -257,6 +257,8 @@ class RunConfig:
             multiple=self.network.multiple,
         )
         lpips_size(self.loss, self.network.hr_size)
+        if self.optim.freeze:
+            frozen_names(described(self.network), self.optim.freeze)
         if self.optim.dtm_steps:
             ends = (self.optim.ct_steps, self.optim.total_steps - 1)
             lengths = [curriculum_steps(self.schedule, step, self.optim.total_steps) for step in ends]

@@ -14,20 +14,20 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from ctmsr.config import check, to_dict
-from ctmsr.errors import CheckpointError, ConfigError, DataError
+from ctmsr.errors import ConfigError
 from ctmsr.metrics.perceptual import load_lpips
-from ctmsr.model.checkpoint import MANIFEST_FILE
 
 from ..config.identity import RUN
 from ..config.run_config import RunConfig
 from ..data.pictures import Pictures, about_setting, find_pictures
 from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
-from ..infra.checkpoints import checkpoint_uri, newest
+from ..infra.checkpoints import newest
 from ..infra.cluster import check_gpus
 from ..infra.progress import counted
-from ..infra.storage import check_outlives_job, delete_folder, open_uri, read_bytes, write_bytes
+from ..infra.storage import check_outlives_job, delete_folder, open_uri, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .retries import fit, steps_done
+from .start import starting_point
 from .worker import LIBRARIES, train_loop_per_worker
 
 _RESIZE_EVERY_S = 30
@@ -41,11 +41,14 @@ class Inputs:
     train: Pictures
     val: Pictures
     tracking_uri: str
+    start: str = ""
+    """What `init_uri` gives the network, for people; empty without one."""
 
     def __str__(self) -> str:
         others = self.train.num_others + self.val.num_others
         left_out = f"; left out: {counted(others, 'other file')}" if others else ""
-        return f"{counted(len(self.train), 'picture')} to train on, {len(self.val)} held out{left_out}"
+        pictures = f"{counted(len(self.train), 'picture')} to train on, {len(self.val)} held out{left_out}"
+        return "\n".join(filter(None, [pictures, self.start]))
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,12 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
         )
     for net in ("vgg", "alex"):
         load_lpips(net)
-    _check_init(config)
+    start = starting_point(config) if config.init_uri else ""
     if not fresh:
         _refuse_changed_run(config, pictures)
     tracking_uri = preflight(config.tracking_uri)
     _write_config(config)
-    return Inputs(pictures, val, tracking_uri)
+    return Inputs(pictures, val, tracking_uri, start)
 
 
 def train(
@@ -240,23 +243,6 @@ def _refuse_changed_run(config: RunConfig, pictures: Pictures) -> None:
             "Restore the old values to resume it, set another name to start a new run, or use --fresh to "
             "delete this one and start over."
         )
-
-
-def _check_init(config: RunConfig) -> None:
-    if not config.init_uri:
-        return
-    file_system, path = open_uri(f"{checkpoint_uri(config.init_uri)}/{MANIFEST_FILE}")
-    try:
-        manifest = json.loads(read_bytes(file_system, path))
-    except (DataError, ValueError) as error:
-        raise CheckpointError(f"init_uri {config.init_uri} is not a checkpoint: {error}") from error
-    before, now = manifest["config"]["network"], to_dict(config)["network"]
-    listed = [f"{key}: {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
-    listed = [text for text in listed if not text.startswith("dropout")]
-    check(
-        not listed,
-        f"init_uri {config.init_uri} is of another network ({', '.join(listed)}). Set network.* to match.",
-    )
 
 
 def _write_config(config: RunConfig) -> None:

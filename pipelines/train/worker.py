@@ -21,7 +21,7 @@ from ctmsr.model import checkpoint
 from ctmsr.model.device import prefetch, use_fast_math
 from ctmsr.model.network import ConsistencyModel, bf16_copy
 from ctmsr.rng import sample_seed
-from ctmsr.training.state import TrainState, build_state, restore_state, start_from
+from ctmsr.training.state import TrainState, build_state, freeze, restore_state, start_from
 from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 
 from ..config.run_config import RunConfig
@@ -130,6 +130,7 @@ def _initial_state(config: RunConfig, device: torch.device) -> tuple[TrainState,
     torch.manual_seed(sample_seed(config.seed, "weights"))
     model = ConsistencyModel(config.network).to(device)
     model.model.recompute = config.train.activation_checkpointing
+    freeze(model, config.optim.freeze)
     if config.train.use_gpu:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     working = bf16_copy(model) if config.train.precision == "bf16" else model

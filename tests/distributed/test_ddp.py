@@ -11,7 +11,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from ctmsr.model.network import ConsistencyModel
-from ctmsr.training.state import TrainState, build_state
+from ctmsr.training.state import TrainState, build_state, freeze
 from ctmsr.training.step import train_step
 from tests.support import tiny
 from tests.support.tiny import distance, flat, make_batch
@@ -21,6 +21,8 @@ NUM_STEPS = 2
 RECIPE = replace(tiny.RECIPE, optim=replace(tiny.OPTIM, ct_steps=1))
 GLOBAL_BATCH_SIZE = 4
 NUM_WORKERS = 2
+KINDS = {"all": (), "decoder": ("model.enc.*", "model.map_layer*")}
+"""What each kind of run freezes."""
 
 
 def calm_model() -> ConsistencyModel:
@@ -59,19 +61,30 @@ def worker(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_WORKERS
     )
-    model = calm_model()
-    state = build_state(model, RECIPE.optim, DistributedDataParallel(model))
-    torch.save(train(state, rank, NUM_WORKERS), folder / f"{rank}.pt")
+    for name, patterns in KINDS.items():
+        model = calm_model()
+        freeze(model, patterns)
+        state = build_state(model, RECIPE.optim, DistributedDataParallel(model))
+        torch.save(train(state, rank, NUM_WORKERS), folder / f"{name}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Of one process, and of each of the two."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two processes saved."""
     folder = tmp_path_factory.mktemp("ddp")
     torch.multiprocessing.spawn(worker, args=(folder,), nprocs=NUM_WORKERS)
-    parts = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
-    return [train(build_state(calm_model(), RECIPE.optim), 0, 1), *parts]
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def histories(folder: Path, request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    """Of one process, and of each of the two."""
+    model = calm_model()
+    freeze(model, KINDS[request.param])
+    paths = [folder / f"{request.param}{rank}.pt" for rank in range(NUM_WORKERS)]
+    parts = [torch.load(path, weights_only=False) for path in paths]
+    return [train(build_state(model, RECIPE.optim), 0, 1), *parts]
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:

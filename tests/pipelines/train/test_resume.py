@@ -1,5 +1,6 @@
 """A run that stops goes on as if it had not: the same weights to the bit, whatever stopped it."""
 
+import json
 import random
 import threading
 import time
@@ -12,8 +13,10 @@ import pytest
 import torch
 from ray.util.queue import Empty, Queue
 
+from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, ConfigError, UserError
 from ctmsr.model import checkpoint
+from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.convert.run import export_pth, import_pth
 from pipelines.infra.checkpoints import fetched, find
@@ -157,7 +160,7 @@ def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
             import_pth(tmp_path / "published.pth", tmp_path / "converted", trained.config)
     settings = [f"init_uri={init_uri}", "optim.ct_steps=0", "optim.dtm_steps=1", "train.num_workers=1"]
     # It stays where it starts: at the trajectory of a run of DTM alone, of two steps.
-    settings += ["optim.lr=1e-9", "schedule.s0=2", "loss.dtm_t_max=0.7"]
+    settings += ["optim.lr=1e-9", "schedule.s0=2", "loss.dtm_t_max=0.7", 'optim.freeze=["model.enc.*"]']
     config = changed(trained.config, f"name=dtm-{is_converted}", *settings)
     outcome = run_to_end(config)
     assert run_named(config.name, config).data.metrics["dtm_loss"] > 0
@@ -165,13 +168,44 @@ def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
         ema, _ = checkpoint.load_model(folder)
     for name, value in ema.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-3)
+        if name.startswith("model.enc."):
+            assert torch.equal(value, expected.state_dict()[name]), name
+    with pytest.raises(ConfigError, match=r"\(optim.freeze: \['model.enc.\*'\] -> \[\]\)"):
+        check_inputs(changed(config, "optim.freeze=[]"))
+
+
+def test_what_a_run_starts_from_is_told_before_it_starts(trained: Trained) -> None:
+    start = [f"init_uri={trained.outcome.checkpoint_uri}", "name=x"]
+    assert (
+        " tensors, 100.0% of the weights, are loaded" in check_inputs(changed(trained.config, *start)).start
+    )
+    told = check_inputs(changed(trained.config, *start, "network.scale=2")).start.splitlines()
+    assert told[1:] == [
+        "  resampled for another scale: enc.8x8_conv (1 tensor)",
+        "  left in the checkpoint: conv_up2 (2 tensors)",
+    ]
+    assert check_inputs(changed(trained.config, "name=x")).start == ""
+
+
+@pytest.mark.slow
+def test_the_starter_starts_a_run_at_another_scale(ray_session: None, bucket: str, tmp_path: Path) -> None:
+    starter = to_dict(PRESETS["small"]().network)
+    network = [f"network.{key}={json.dumps(starter[key])}" for key in ("channel_mult", "num_heads")]
+    settings = ["init_uri=starter", "network.scale=2", "network.lq_size=32", *network]
+    settings += ["optim.lr=1e-4", "optim.ct_steps=2", "optim.dtm_steps=0", "train.num_workers=1"]
+    outcome = run_to_end(run_config(bucket, tmp_path, "name=x2", *settings))
+    with fetched(outcome.checkpoint_uri) as folder, fetched("starter") as starter_folder:
+        model, _ = checkpoint.load_model(folder)
+        before, _ = checkpoint.load_model(starter_folder)
+    assert model.config.scale == 2
+    torch.testing.assert_close(model.model.conv_last.weight, before.model.conv_last.weight, rtol=0, atol=1e-3)
 
 
 def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:
     other = changed(
-        trained.config, "name=x", f"init_uri={trained.outcome.checkpoint_uri}", "network.num_heads=2"
+        trained.config, "name=x", f"init_uri={trained.outcome.checkpoint_uri}", "network.model_channels=64"
     )
-    with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(num_heads: 1 -> 2\)"):
+    with pytest.raises(ConfigError, match=r"init_uri .* is of another network \(model_channels: 32 -> 64\)"):
         check_inputs(other)
     with pytest.raises(CheckpointError, match="init_uri s3://training/none is not a checkpoint"):
         check_inputs(changed(trained.config, "name=x", "init_uri=s3://training/none"))

@@ -17,6 +17,7 @@ from ctmsr.training.state import (
     OptimConfig,
     TrainState,
     build_state,
+    freeze,
     restore_state,
     start_from,
     state_tensors,
@@ -26,6 +27,7 @@ from tests.support.tiny import NETWORK, OPTIM, RECIPE, distance, filled_model, m
 
 # Updates 0 and 1 are CT, 2 to 5 are DTM with a new frozen copy at 2 and 4: a run at 3 needs that of 2.
 DROPOUT = replace(NETWORK, dropout=0.1)
+FROZEN = ("model.enc.*", "model.map_layer?.*")
 
 
 def advance(state: TrainState, num_steps: int) -> list[dict[str, float]]:
@@ -46,7 +48,14 @@ def copy_state() -> TrainState:
     return build_state(model, OPTIM, bf16_copy(model))
 
 
-@pytest.mark.parametrize("fresh", [plain_state, copy_state])
+def frozen_state() -> TrainState:
+    """Of a run that trains the decoder alone, computed by a bf16 copy."""
+    model = filled_model(DROPOUT)
+    freeze(model, FROZEN)
+    return build_state(model, OPTIM, bf16_copy(model))
+
+
+@pytest.mark.parametrize("fresh", [plain_state, copy_state, frozen_state])
 def test_resuming_equals_not_pausing(tmp_path: Path, fresh: Callable[[], TrainState]) -> None:
     whole = fresh()
     history = advance(whole, 6)
@@ -86,6 +95,55 @@ def test_training_on_from_another_run_s_weights_refreshes_the_copy() -> None:
     start_from(state, before.ema_model, state_tensors(before))
     for name, copied in state.network.named_parameters():
         assert torch.equal(copied, before.model.get_parameter(name).bfloat16())
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_frozen_weights_stay_the_released_ones_and_the_others_move(is_copy: bool) -> None:
+    before = plain_state()
+    advance(before, 2)  # its weights are no longer their average
+    model = filled_model(DROPOUT)
+    freeze(model, FROZEN)
+    optim = replace(OPTIM, weight_decay=0.1)
+    state = build_state(model, optim, bf16_copy(model) if is_copy else None)
+    start_from(state, before.ema_model, state_tensors(before))
+    released = {name: value.clone() for name, value in before.ema_model.named_parameters()}
+    advance(state, 4)
+    moved = set()
+    for name, weight in state.model.named_parameters():
+        average = state.ema_model.get_parameter(name)
+        if torch.equal(weight, released[name]) and torch.equal(average, released[name]):
+            assert weight.grad is None
+        else:
+            moved.add(name)
+            assert not torch.equal(average, released[name])
+    assert moved == {name for name in released if not name.startswith(("model.enc.", "model.map_layer"))}
+
+
+def test_gradients_of_several_parts_add_up_beside_frozen_weights() -> None:
+    norms = []
+    for size in (None, 1):
+        model = filled_model()
+        freeze(model, FROZEN)
+        state = build_state(model, OPTIM, bf16_copy(model))
+        losses = train_step(state, make_batch([0, 1]), RECIPE, distance, micro_batch_size=size)
+        norms.append(losses["grad_norm"].item())
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (
+            ("model.enc.*", "model.conv_lst.*"),
+            "'model.conv_lst.*' matches no parameter. The nearest is model.conv_",
+        ),
+        (("enc.*",), "optim.freeze: 'enc.*' matches no parameter."),
+        (("model.*",), "optim.freeze ['model.*'] matches every parameter: nothing is left to train."),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_everything(patterns: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        freeze(filled_model(), patterns)
 
 
 def assert_equal(a: TrainState, b: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a device, and transfers to it that do not make the host wait."""
+"""The device to compute on, its settings, and transfers to it that do not make the host wait."""
 
 import ctypes
 import sys
@@ -9,10 +9,49 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..config import check
+
 DataclassT = TypeVar("DataclassT", bound=Any)
+
+DEVICES = ("cuda", "rocm", "mps", "cpu")
+"""NVIDIA's GPUs, AMD's, Apple's, and none; in order of preference."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device to compute on: the one named or, by default, the first of DEVICES that works here.
+
+    torch calls AMD's GPUs "cuda", too; `device_title` tells them apart.
+
+    Args:
+        name: One of DEVICES.
+
+    Raises:
+        ConfigError: This machine, or this build of torch, has no such device.
+    """
+    works = {
+        "cuda": torch.cuda.is_available() and torch.version.hip is None,
+        "rocm": torch.cuda.is_available() and torch.version.hip is not None,
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    found = [one for one in DEVICES if works[one]]
+    check(
+        name is None or name in found,
+        f"there is no device {name!r} here for torch {torch.__version__}, only {', '.join(found)}. "
+        "Choose one of these, or install a build of torch for the other.",
+    )
+    chosen = name or found[0]
+    return torch.device("cuda" if chosen == "rocm" else chosen)
+
+
+def device_title(device: torch.device) -> str:
+    """For people, such as "rocm (AMD Instinct MI300X)" or "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{'rocm' if torch.version.hip else 'cuda'} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 def use_fast_math() -> None:

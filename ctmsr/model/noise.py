@@ -65,6 +65,8 @@ def position_noise(
     """
     if version == 1:
         return _position_noise_1(seed, rows, columns).to(device)
+    if device is not None and device.type == "mps":  # nobody has tested its arithmetic of 64-bit integers
+        return position_noise(seed, rows, columns).to(device)
     first, last = columns.start // 2, -(-columns.stop // 2)  # two neighbours share a counter
     channel = torch.arange(3, device=device)[:, None, None] << 56
     row = torch.arange(rows.start, rows.stop, device=device)[:, None] << 28

@@ -11,7 +11,7 @@ from ctmsr.errors import ConfigError, DataError
 from ..infra import docstrings
 from ..infra.invocation import command_parser
 from ..infra.storage import open_uri, read_bytes
-from .defaults import MODEL_NAME, TRACKING_URI
+from .defaults import DEVICES, MODEL_NAME, TRACKING_URI
 
 if TYPE_CHECKING:  # imports torch, which takes seconds; --help should not wait for it
     from .run_config import RunConfig
@@ -48,6 +48,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tracking-uri", default=TRACKING_URI, help="MLflow with the model; default %(default)s"
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device` of the commands that run a model."""
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="where to compute: NVIDIA's GPUs, AMD's, Apple's or none; default: the first that works",
     )
 
 

@@ -2,3 +2,5 @@
 
 TRACKING_URI = "sqlite:///runs/mlflow.db"
 MODEL_NAME = "ctmsr-x4"
+DEVICES = ("cuda", "rocm", "mps", "cpu")
+"""As in `ctmsr.model.device`."""

@@ -2,7 +2,7 @@
 
 from ctmsr.metrics.pyiqa_scores import PYIQA_NAMES, check_pyiqa
 
-from ..config.command_line import config_parser, print_config, resolve
+from ..config.command_line import add_device_option, config_parser, print_config, resolve
 from ..infra.exit_status import run
 
 EXAMPLES = """\
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         help="further scores, by an installed pyiqa, whose licence forbids commercial use",
     )
+    add_device_option(parser)
     arguments = parser.parse_args(argv)
     config = resolve(arguments)
     if arguments.dry_run:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     held_out = find_held_out(config.data)
     overrides = [text for text in arguments.overrides if text.startswith("inference.")]
     with ray_cluster():
-        evaluation = evaluate(config, checkpoint_uri, held_out, overrides, arguments.also)
+        evaluation = evaluate(config, checkpoint_uri, held_out, overrides, arguments.also, arguments.device)
     print(table({"ours": evaluation}))
     print(f"protocol: {held_out.protocol}")
     print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import ray
-import torch
 from torch import Tensor
 
 from ctmsr.config import check, from_dict, override
@@ -17,6 +16,7 @@ from ctmsr.metrics.dists import load_dists
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import OWN_METRICS, Evaluation, score
 from ctmsr.model import checkpoint
+from ctmsr.model.device import choose_device
 from ctmsr.model.inference import for_inference, upscale
 from ctmsr.model.network import ConsistencyModel
 
@@ -33,6 +33,7 @@ def evaluate(
     held_out: HeldOut,
     overrides: Sequence[str] = (),
     also: Sequence[str] = (),
+    device: str | None = None,
 ) -> Evaluation:
     """Scores a checkpoint on a test set, in one Ray task that holds the network.
 
@@ -42,6 +43,7 @@ def evaluate(
         held_out: The test set.
         overrides: KEY=VALUE settings that replace those of the checkpoint, such as inference.tile=128.
         also: Names of metrics besides OWN_METRICS.
+        device: Where to compute, one of DEVICES; None for a GPU if `config.train.use_gpu`, else the best one.
 
     Raises:
         UserError: The checkpoint is missing, damaged or of another shape, or a picture cannot be read.
@@ -54,20 +56,23 @@ def evaluate(
         f"data.eval_crop_size ({config.data.eval_crop_size}) must be a multiple of the checkpoint's scale "
         f"({trained.network.scale}).",
     )
-    task = _evaluate_remotely.options(
-        num_cpus=config.train.cpus_per_worker, num_gpus=int(config.train.use_gpu)
-    )
+    needs_gpu = device in ("cuda", "rocm") if device else config.train.use_gpu
+    task = _evaluate_remotely.options(num_cpus=config.train.cpus_per_worker, num_gpus=int(needs_gpu))
     try:
-        return ray.get(task.remote(trained, held_out, model.state_dict(), [*OWN_METRICS, *also]))
+        return ray.get(task.remote(trained, held_out, model.state_dict(), [*OWN_METRICS, *also], device))
     except ray.exceptions.RayError as error:
         raise UserError(f"evaluation failed. {root_cause(error)}") from error
 
 
 @ray.remote
 def _evaluate_remotely(
-    trained: RunConfig, held_out: HeldOut, weights: dict[str, Tensor], metrics: Sequence[str]
+    trained: RunConfig,
+    held_out: HeldOut,
+    weights: dict[str, Tensor],
+    metrics: Sequence[str],
+    device_name: str | None,
 ) -> Evaluation:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device_name)
     model = ConsistencyModel(trained.network)
     model.load_state_dict(weights)
     model = for_inference(model, device, trained.inference)

@@ -12,9 +12,9 @@ from .source import Compute, Source, check_agreement, samples
 
 OPSET = 17
 """Of 2022: what programs with an older ONNX Runtime read, too."""
-_DOC = """Super-resolution in one call. Inputs: `lq`, float RGB pictures in [0, 1] with sides that are multiples of
-padding_multiple (reflect them there), and `noise`, standard normal, scale times as high and wide.
-Output: `sr`. Cut a large picture into overlapping tiles, and each tile's noise out of one noise for all."""
+_DOC = """Super-resolution in one call. `lq`: float RGB pictures in [0, 1], padded by reflection to multiples
+of padding_multiple. `noise`: standard normal, scale times as high and wide. `sr`: the result, in [0, 1].
+Cut a large picture into overlapping tiles, and the noise of each tile out of one noise for all."""
 
 
 def write(source: Source, path: Path) -> float:

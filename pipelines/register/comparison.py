@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
-import torch
 
 from ctmsr.config import to_dict
 from ctmsr.errors import UserError
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import Evaluation, score
+from ctmsr.model.device import choose_device
 
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut, find_held_out
@@ -88,6 +88,6 @@ def _score_remotely(comparison: Comparison, tracking_uri: str, source: str) -> E
         lambda lq_u8: np.asarray(model.predict(lq_u8[None]))[0],
         comparison.held_out.rows(comparison.config),
         scale=comparison.config.network.scale,
-        lpips=load_lpips("alex").to("cuda" if torch.cuda.is_available() else "cpu"),
+        lpips=load_lpips("alex").to(choose_device()),
         crop_border=comparison.config.data.eval_crop_border,
     )

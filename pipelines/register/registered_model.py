@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
@@ -28,7 +27,7 @@ ACCEPTED = (
 
 
 class UpscaleModel(PythonModel):
-    """Enlarges pictures `scale` times, on a GPU if there is one.
+    """Enlarges pictures `scale` times, on a GPU if there is one, or on `model_config["device"]`.
 
     The signature declares no inputs: MLflow would enforce them before `predict`, and its schemas can express
     "an array of this shape" but not "or a path, or bytes". `_pictures` is as strict, with clearer errors.
@@ -43,7 +42,8 @@ class UpscaleModel(PythonModel):
         self._upscale = inference.upscale
         self._decode = importlib.import_module(f"{package}.image").decode
         self._user_error = importlib.import_module(f"{package}.errors").UserError
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        choose_device = importlib.import_module(f"{package}.model.device").choose_device
+        device = choose_device((context.model_config or {}).get("device") or None)
         self._model, manifest = checkpoint.load_model(Path(context.artifacts["checkpoint"]), device)
         self._sigma_max = manifest.config["schedule"]["sigma_max"]
         self._inference = from_dict(inference.InferenceConfig, manifest.config.get("inference", {}))

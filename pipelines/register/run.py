@@ -11,7 +11,6 @@ from typing import Protocol
 
 import mlflow
 import numpy as np
-import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.exceptions import MlflowException
@@ -25,6 +24,7 @@ from ctmsr.image import encode_png
 from ctmsr.metrics.scoring import Evaluation
 from ctmsr.model import checkpoint
 from ctmsr.model.checkpoint import Manifest
+from ctmsr.model.device import choose_device
 from ctmsr.model.inference import InferenceConfig, upscale
 
 from ..config.run_config import RegisterConfig
@@ -139,8 +139,7 @@ def _run_of(
 
 def _release(source: Path, target: Path) -> _Release:
     """Copies a checkpoint without its training state, and runs it on the example."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, manifest = checkpoint.load_model(source, device)
+    model, manifest = checkpoint.load_model(source, choose_device())
     checkpoint.save(target, model=model.state_dict(), config=manifest.config, meta=manifest.meta)
     sigma_max = manifest.config["schedule"]["sigma_max"]
     inference = from_dict(InferenceConfig, manifest.config.get("inference", {}))
@@ -161,6 +160,7 @@ def _upload(client: MlflowClient, name: str, run_id: str, release: _Release, scr
         scratch / "model",
         python_model=MODEL_CODE,
         artifacts={"checkpoint": str(release.folder), "ctmsr": str(package)},
+        model_config={"device": ""},  # what is not here cannot be set when the model is loaded
         pip_requirements=_requirements(),
         signature=ModelSignature(outputs=pictures, params=seed),  # no inputs: see registered_model.py
         input_example=(release.example, {"seed": 0}),

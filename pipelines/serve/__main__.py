@@ -9,7 +9,7 @@ import threading
 
 from ctmsr.config import check
 
-from ..config.command_line import add_model_options
+from ..config.command_line import add_device_option, add_model_options
 from ..infra.exit_status import run
 from ..infra.invocation import command_parser
 
@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = command_parser("serve", "Serve a model over HTTP, with a page to drop pictures on.", EXAMPLES)
     add_model_options(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default %(default)s, this machine only"
     )
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     from .run import serving
     from .server import Limits, names_of
 
-    model = find_released(arguments.model, arguments.tracking_uri)
+    model = find_released(arguments.model, arguments.tracking_uri, arguments.device)
     limits = Limits(round(arguments.max_megapixels * 1e6), arguments.timeout, hosts=names_of(arguments.host))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain `kill` cleans up like Ctrl-C
     with serving(model, host=arguments.host, port=arguments.port, limits=limits) as url:

@@ -38,7 +38,8 @@ def serving(model: Released, *, host: str, port: int, limits: Limits) -> Iterato
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_cluster():
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        has_gpus = model.device in (None, "cuda", "rocm")
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if has_gpus else 0
         server = serve.deployment(
             name="server",
             num_replicas=max(1, gpus),

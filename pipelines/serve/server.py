@@ -24,6 +24,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from ctmsr.errors import PictureError
 from ctmsr.image import decode
+from ctmsr.model.device import choose_device
 
 from ..tracking.released import Released
 
@@ -78,7 +79,8 @@ class Server:
     """The deployment: holds a model and answers requests."""
 
     def __init__(self, model: Released, limits: Limits) -> None:
-        if not torch.cuda.is_available():
+        device = choose_device(model.device)
+        if device.type == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)  # Ray sets it to one per worker
         self._model = model.load()
         self._limits = limits

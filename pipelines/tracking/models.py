@@ -47,13 +47,16 @@ def load_model(tracking_uri: str, model_uri: str) -> PyFuncModel:
     return load_from(tracking_uri, source, model_uri)
 
 
-def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFuncModel:
+def load_from(
+    tracking_uri: str, source: str, name: str = "the model", device: str | None = None
+) -> PyFuncModel:
     """Loads the model whose files are at `source`.
 
     Args:
         tracking_uri: From `runs.preflight`.
         source: Where MLflow keeps the files of a version or of a logged model.
         name: For messages.
+        device: Where to compute, one of DEVICES; None leaves the choice to the model.
 
     Raises:
         TrackingError: The files cannot be fetched, or do not load.
@@ -64,7 +67,10 @@ def load_from(tracking_uri: str, source: str, name: str = "the model") -> PyFunc
                 source, dst_path=scratch, tracking_uri=tracking_uri, registry_uri=tracking_uri
             )
         try:
-            model: PyFuncModel = mlflow.pyfunc.load_model(folder, suppress_warnings=True)
+            settings = {"device": device} if device else None
+            model: PyFuncModel = mlflow.pyfunc.load_model(
+                folder, suppress_warnings=True, model_config=settings
+            )
         except Exception as error:  # the model's own code runs here and can raise anything
             raise TrackingError(
                 f"{name} was fetched from {tracking_uri} but does not load "
@@ -117,6 +123,7 @@ class Version:
     """`models:/name/version`."""
     source: str
     """Where its files are; tells it apart from a model of the same name in another registry."""
+    device: str | None = None
 
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """Loads it as a function of a uint8 (height, width, 3) picture and a seed; runs the model's own code.
@@ -124,7 +131,7 @@ class Version:
         Raises:
             TrackingError: The model cannot be fetched or does not load.
         """
-        model = load_from(self.tracking_uri, self.source, self.uri)
+        model = load_from(self.tracking_uri, self.source, self.uri, self.device)
         return lambda lq_u8, seed: np.asarray(model.predict(lq_u8[None], params={"seed": seed}))[0]
 
 
@@ -155,12 +162,13 @@ def fetched_version(tracking_uri: str, model_uri: str) -> Iterator[tuple[Path, s
         yield Path(folder), found.tags.get("licence", "")
 
 
-def find_version(tracking_uri: str, model_uri: str) -> Version:
+def find_version(tracking_uri: str, model_uri: str, device: str | None = None) -> Version:
     """Finds the version that `models:/name@alias` or `models:/name/version` currently names.
 
     Args:
         tracking_uri: From `runs.preflight`.
         model_uri: The model.
+        device: Where to compute, one of DEVICES; None leaves the choice to the model.
 
     Raises:
         TrackingError: MLflow fails, or has no such model, alias or version; the message lists what it has.
@@ -169,4 +177,4 @@ def find_version(tracking_uri: str, model_uri: str) -> Version:
         client = connect(tracking_uri)
         found = named_version(client, model_uri)
         source = client.get_model_version_download_uri(found.name, found.version)
-    return Version(tracking_uri, f"models:/{found.name}/{found.version}", source)
+    return Version(tracking_uri, f"models:/{found.name}/{found.version}", source, device)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from ctmsr.config import from_dict
 from ctmsr.model import checkpoint
+from ctmsr.model.device import choose_device
 from ctmsr.model.graphs import replay_graphs
 from ctmsr.model.inference import InferenceConfig, for_inference, upscale
 
@@ -37,6 +37,10 @@ class Released(Protocol):
     def source(self) -> str:
         """Identifies its files: changes whenever they do."""
 
+    @property
+    def device(self) -> str | None:
+        """Where to compute, one of DEVICES; None for the best one."""
+
     def load(self) -> Upscale:
         """Fetches and loads it; raises UserError if that fails."""
 
@@ -48,39 +52,41 @@ class CheckpointModel:
     uri: str
     source: str
     """SHA-256 of the weights."""
+    device: str | None = None
 
     def load(self) -> Upscale:
-        """Loads it onto a GPU if there is one."""
+        """Loads it onto its device."""
         with fetched(self.uri) as folder:
             model, manifest = checkpoint.load_model(folder)
         sigma_max = manifest.config["schedule"]["sigma_max"]
         settings = from_dict(InferenceConfig, manifest.config["inference"], "inference")
-        model = for_inference(model, "cuda" if torch.cuda.is_available() else "cpu", settings)
+        model = for_inference(model, choose_device(self.device), settings)
         model = replay_graphs(model)
         return lambda lq_u8, seed: upscale(model, lq_u8, sigma_max=sigma_max, seed=seed, config=settings)
 
 
-def find_released(model: str | None, tracking_uri: str) -> Released:
+def find_released(model: str | None, tracking_uri: str, device: str | None = None) -> Released:
     """Finds a model by name; by default the champion or, if there is none, the starter.
 
     Args:
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `starter` or a checkpoint's URI; None for the
             default.
         tracking_uri: The MLflow server whose registry to search.
+        device: Where to compute, one of DEVICES; None for the best one.
 
     Raises:
         UserError: There is no such model, or MLflow fails.
     """
     if model is None:
-        return _champion(tracking_uri) or _starter(tracking_uri)
+        return _champion(tracking_uri, device) or _starter(tracking_uri, device)
     if model.startswith(REGISTERED):
         from .models import find_version
         from .runs import preflight
 
-        return find_version(preflight(tracking_uri), model)
+        return find_version(preflight(tracking_uri), model, device)
     with fetched(model) as folder:
         files = checkpoint.read_manifest(folder).files
-    return CheckpointModel(model, files[checkpoint.MODEL_FILE]["sha256"])
+    return CheckpointModel(model, files[checkpoint.MODEL_FILE]["sha256"], device)
 
 
 @contextmanager
@@ -114,7 +120,7 @@ def _licence(folder: Path) -> str:
     return str(config.get("register", {}).get("licence", "unknown"))
 
 
-def _champion(tracking_uri: str) -> Released | None:
+def _champion(tracking_uri: str, device: str | None) -> Released | None:
     """None if the registry has no champion, or is a database file that does not exist."""
     database = tracking_uri.removeprefix("sqlite:///")
     if database != tracking_uri and not Path(database).expanduser().exists():
@@ -123,14 +129,14 @@ def _champion(tracking_uri: str) -> Released | None:
     from .runs import preflight
 
     try:
-        return find_version(preflight(tracking_uri), f"{REGISTERED}{MODEL_NAME}@champion")
+        return find_version(preflight(tracking_uri), f"{REGISTERED}{MODEL_NAME}@champion", device)
     except NoSuchModelError:
         return None
 
 
-def _starter(tracking_uri: str) -> Released:
+def _starter(tracking_uri: str, device: str | None) -> Released:
     print(
         f"There is no champion in {tracking_uri}: using the starter model included in the package.",
         flush=True,
     )
-    return find_released(STARTER, tracking_uri)
+    return find_released(STARTER, tracking_uri, device)

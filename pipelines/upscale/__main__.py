@@ -7,7 +7,7 @@ GPU or, if there are none, on every core.
 import argparse
 import sys
 
-from ..config.command_line import add_model_options
+from ..config.command_line import add_device_option, add_model_options
 from ..infra.exit_status import run
 from ..infra.invocation import command_parser, printable
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default=".", metavar="FOLDER", help="path or URI; default: the current folder"
     )
     add_model_options(parser)
+    add_device_option(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="selects the invented detail; default %(default)s"
     )
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Upscales every input; pictures that cannot be read are reported, and the others still done."""
     arguments = build_parser().parse_args(argv)
     # Imported late: torch takes seconds, and --help or a bad option should not wait for it.
+    from ctmsr.model.device import choose_device, device_title
+
     from ..infra.listing import absolute
     from ..infra.storage import check_outlives_job
     from ..tracking.released import find_released
@@ -58,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     check_outlives_job("--output", arguments.output)
     output = absolute(arguments.output)
     pictures = find_pictures(arguments.inputs, output)
-    model = find_released(arguments.model, arguments.tracking_uri)
+    model = find_released(arguments.model, arguments.tracking_uri, arguments.device)
     settings = Settings(model, arguments.seed, output)
     if len(pictures) <= FEW:
+        print(f"computing on {device_title(choose_device(arguments.device))}", flush=True)
         outcomes = upscale_few(pictures, settings)
     else:
         from .on_ray import upscale_many  # Ray takes seconds to import

@@ -51,7 +51,7 @@ def upscale_many(pictures: list[Picture], settings: Settings) -> Iterator[Outcom
 
 
 def _dataset(pictures: list[Picture], settings: Settings) -> ray.data.Dataset:
-    num_workers, torch_threads, resources = _workers()
+    num_workers, torch_threads, resources = _workers(settings.model.device)
     threads = _THREADS_BESIDE_GPU if "num_gpus" in resources else _THREADS
     pool = ray.data.ActorPoolStrategy(
         size=min(num_workers, len(pictures)),
@@ -71,12 +71,12 @@ def _dataset(pictures: list[Picture], settings: Settings) -> ray.data.Dataset:
     return configured(made)
 
 
-def _workers() -> tuple[int, int, dict[str, Any]]:
+def _workers(device: str | None) -> tuple[int, int, dict[str, Any]]:
     """How many workers fit on the cluster, torch's threads in each, and the resources each requests."""
     total = {
         "CPU": 1.0
     } | ray.cluster_resources()  # no CPU is listed before the first worker node has started
-    if total.get("GPU", 0) >= 1:
+    if total.get("GPU", 0) >= 1 and device in (None, "cuda", "rocm"):
         return int(total["GPU"]), 1, {"num_gpus": 1}
     # On a small machine, a private cluster declares more CPUs than there are cores.
     cpus_per_core = max(1.0, total["CPU"] / (os.cpu_count() or 1)) if len(ray.nodes()) == 1 else 1.0

@@ -24,7 +24,7 @@ from ctmsr.model.noise import position_noise
 from pipelines.register import run as register_module
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
-from pipelines.tracking.models import load_model
+from pipelines.tracking.models import find_version, load_model
 from pipelines.tracking.released import fetched_checkpoint
 from pipelines.tracking.runs import connect, preflight
 from tests.support.registering import (
@@ -94,6 +94,13 @@ def test_the_champion_gives_the_bytes_of_its_checkpoint(registry: Registry) -> N
     other = model.predict(PICTURES, params={"seed": 4})
     assert np.array_equal(other, by_checkpoint(registry.checkpoint, seed=4))
     assert not np.array_equal(other, model.predict(PICTURES))
+
+
+def test_its_device_can_be_forced(registry: Registry) -> None:
+    version = find_version(registry.uri, "models:/toy@champion", "cpu")
+    assert np.array_equal(version.load()(PICTURES[0], 0), by_checkpoint(registry.checkpoint)[0])
+    with pytest.raises(TrackingError, match=r"does not load \(ConfigError: there is no device 'rocm' here"):
+        find_version(registry.uri, "models:/toy@champion", "rocm").load()
 
 
 def test_its_weights_can_be_fetched_by_its_name(registry: Registry) -> None:

@@ -179,9 +179,9 @@ def test_what_a_run_starts_from_is_told_before_it_starts(trained: Trained) -> No
     assert (
         " tensors, 100.0% of the weights, are loaded" in check_inputs(changed(trained.config, *start)).start
     )
-    told = check_inputs(changed(trained.config, *start, "network.scale=2")).start.splitlines()
-    assert told[1:] == [
-        "  resampled for another scale: enc.8x8_conv (1 tensor)",
+    told = check_inputs(changed(trained.config, *start, "network.scale=2", "network.lq_size=16")).start
+    assert told.splitlines()[1:] == [
+        "  resampled for another scale: enc.16x16_conv (1 tensor)",
         "  left in the checkpoint: conv_up2 (2 tensors)",
     ]
     assert check_inputs(changed(trained.config, "name=x")).start == ""

@@ -107,7 +107,7 @@ def test_frozen_weights_stay_the_released_ones_and_the_others_move(is_copy: bool
     state = build_state(model, optim, bf16_copy(model) if is_copy else None)
     start_from(state, before.ema_model, state_tensors(before))
     released = {name: value.clone() for name, value in before.ema_model.named_parameters()}
-    advance(state, 4)
+    advance(state, 2)
     moved = set()
     for name, weight in state.model.named_parameters():
         average = state.ema_model.get_parameter(name)

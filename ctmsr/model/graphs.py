@@ -63,9 +63,7 @@ class _Replayed:
 class _Recording:
     """One call as a graph that reads its inputs from, and writes its output to, fixed memory."""
 
-    def __init__(
-        self, call: Call, inputs: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream
-    ) -> None:
+    def __init__(self, call: Call, inputs: tuple[Tensor, ...], pool: Any, stream: torch.cuda.Stream) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
         self._graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())

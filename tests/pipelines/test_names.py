@@ -328,6 +328,7 @@ class Hungry:
 
     uri: str = "hungry"
     source: str = "1"
+    device: str | None = None
 
     def load(self) -> Upscale:
         def upscale_small(lq_u8: np.ndarray, seed: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def upscale_many(pictures: list[Picture], settings: Settings) -> Iterator[Outcom
                 outcome = Outcome(**row)
                 progress.add(outcome)
                 screen.show(progress.bar)
-                if outcome.problem:
+                if outcome.problem or outcome.warnings:
                     screen.clear()
                 yield outcome
         except ray.exceptions.RayError as error:

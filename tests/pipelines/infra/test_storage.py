@@ -84,7 +84,7 @@ def test_what_is_missing_is_told_apart(s3: S3, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"s3://no-such-bucket/x: its bucket does not exist"):
         list_images("s3://no-such-bucket/x")
     with pytest.raises(
-        DataError, match=r"no image under .*/x \(1 other files\)\. Supported suffixes: \.png, \.jpg"
+        DataError, match=r"no image under .*/x \(1 other files\)\. Supported suffixes: \.png, \.apng"
     ):
         list_images(f"{uri}/x")
     with pytest.raises(DataError, match=r"no image under .*/empty \(0 other files\)"):

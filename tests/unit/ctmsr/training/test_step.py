@@ -142,6 +142,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(phase: int) -> No
     assert all(torch.equal(value, average[name]) for name, value in state.ema_model.state_dict().items())
 
 
+def test_a_late_check_names_the_step_whose_gradient_was_not_finite_and_keeps_its_weights() -> None:
+    def broken(a: Tensor, b: Tensor) -> Tensor:
+        return distance(a, b) / 0
+
+    state = build_state(filled_model(), OPTIM)
+    state.check_every = 3  # as on a GPU, where it is 16
+    train_step(state, part(BATCH, slice(2)), RECIPE, distance)
+    before = weights(state)
+    train_step(state, part(BATCH, slice(2)), RECIPE, broken)
+    with pytest.raises(FloatingPointError, match=r"gradient of step 1 is not finite"):
+        train_step(state, part(BATCH, slice(2)), RECIPE, distance)
+    assert all(torch.equal(before[name], value) for name, value in weights(state).items())
+
+
 def test_steps_that_were_not_checked_at_once_are_told_apart_later() -> None:
     state = build_state(filled_model(), OPTIM)
     for step, norm in enumerate((1.0, float("nan"), float("inf"))):

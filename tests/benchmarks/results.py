@@ -4,6 +4,7 @@ They come from the gpu-*.json files in `results`, which tests/benchmarks/gpu.sh 
 do not hold, such as peak memory, stay as they are.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -69,5 +70,11 @@ def filled(text: str) -> str:
     return before + heading + "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(description=__doc__, prog="python -m tests.benchmarks.results").parse_args()
     RESULTS.write_text(filled(RESULTS.read_text()))
+
+
+if __name__ == "__main__":
+    main()

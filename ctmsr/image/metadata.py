@@ -89,7 +89,8 @@ def read_metadata(image: Image.Image) -> tuple[Metadata, list[str]]:
             raise ValueError(f"{info[_LONG_EXIF]} bytes, more than {MAX_BYTES}")
         exif = image.getexif()
         if image.format == "TIFF":  # these are of the file
-            exif.pop(Base.ImageWidth, None), exif.pop(Base.ImageLength, None)
+            for tag in (Base.ImageWidth, Base.ImageLength):
+                exif.pop(tag, None)
         kept = _kept_exif(exif)
         dpi = _dpi(exif, info)
     except _DAMAGE as error:
@@ -98,7 +99,7 @@ def read_metadata(image: Image.Image) -> tuple[Metadata, list[str]]:
     xmp = ""
     try:
         xmp = _kept_xmp(info.get("xmp") or info.get("XML:com.adobe.xmp") or "")
-    except ValueError as error:
+    except _DAMAGE as error:
         problems.append(f"its XMP is left out ({error})")
     return Metadata(kept, xmp, dpi), problems
 

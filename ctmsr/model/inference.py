@@ -256,7 +256,8 @@ def low_pass(images: Tensor, std_px: float) -> Tensor:
     planes = images.flatten(0, 1)[:, None]
     for _ in range(2):  # along the rows, then, transposed, along the columns
         padded = F.pad(planes, (radius, radius, 0, 0), mode="replicate")
-        # In strips, which gives the same bits: torch copies an input of conv2d 16-fold.
-        strips = [F.conv2d(strip, weights) for strip in padded.split(_STRIP_ROWS, dim=2)]
-        planes = torch.cat(strips, dim=2).transpose(2, 3)
+        # In strips, which gives the same bits: torch copies an input of conv2d 16-fold. But an exported graph
+        # would keep the number of strips of the picture it was traced with.
+        strips = [padded] if torch.onnx.is_in_onnx_export() else padded.split(_STRIP_ROWS, dim=2)
+        planes = torch.cat([F.conv2d(strip, weights) for strip in strips], dim=2).transpose(2, 3)
     return planes.reshape(images.shape)

@@ -46,7 +46,7 @@ class Searched:
 
 
 def config_of(places: list[str], *settings: str) -> RunConfig:
-    """Trials of two steps of four samples, on one worker each."""
+    """Trials of four steps of four samples, on one worker each."""
     tiny = [
         "name=tiny",
         *SMALLEST,
@@ -54,7 +54,7 @@ def config_of(places: list[str], *settings: str) -> RunConfig:
         "train.global_batch_size=4",
         "train.log_every_steps=1",
         f"tune.num_trials={NUM_TRIALS}",
-        "tune.ct_steps=2",
+        "tune.ct_steps=4",
     ]
     return from_dict(RunConfig, override(to_dict(PRESETS["small"]()), [*tiny, *places, *settings]))
 
@@ -99,7 +99,7 @@ def test_the_own_schedule_is_among_the_trials_and_the_best_is_first(searched: Se
     own = next(one for one in trials if one.trial.number == 0)
     schedule = to_dict(searched.config.schedule)
     assert own.trial.point == {f"schedule.{key}": value for key, value in schedule.items()}
-    assert own.step == 2
+    assert own.step == 4
     low, high = searched.config.tune.sigma_max
     assert all(low <= one.trial.point["schedule.sigma_max"] <= high for one in trials)
     ranks = [(-one.step, one.objective) for one in trials]
@@ -135,7 +135,7 @@ def test_each_trial_has_a_score_of_every_picture(searched: Searched) -> None:
 
 
 def test_trials_that_were_stopped_keep_no_places(searched: Searched) -> None:
-    assert any(one.step < 2 for one in searched.found.trials)  # stopped early
+    assert any(one.step < 4 for one in searched.found.trials)  # stopped early
     deadline = time.monotonic() + 30
     while held := [group for group in placement_group_table().values() if group["state"] != "REMOVED"]:
         assert time.monotonic() < deadline, held
@@ -167,7 +167,7 @@ def test_a_trial_is_a_run_with_its_own_checkpoint(searched: Searched) -> None:
     with fetched(found.uri) as folder:
         manifest = checkpoint.read_manifest(folder)
     assert str(manifest.config["schedule"]["sigma_max"]) == run.data.params["schedule.sigma_max"]
-    assert manifest.config["optim"]["ct_steps"] == 2
+    assert manifest.config["optim"]["ct_steps"] == 4
 
 
 def test_the_same_command_again_trains_nothing(searched: Searched) -> None:

@@ -15,8 +15,8 @@ setup: $(INSTALLED) ## Make .venv and fetch the LPIPS backbones into the cache
 demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 	@$(BIN)/python -m pipelines.demo
 
-test: setup ## Run the tests that need no GPU and no server, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: setup ## Run the tests that need no GPU and no server
+	@$(BIN)/python -m pytest
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway
 	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/, \

@@ -59,16 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server that tests use")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With another store than moto, runs only the tests that use a store.
-
-    In `make test`, two processes share the tests: one has the Ray cluster and all tests on it, in order; the
-    files of the other tests go to whichever is free.
-    """
-    for item in items:
-        is_on_ray = "ray_session" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if is_on_ray else str(item.path)))
+    """With another store than moto, runs only the tests that use a store."""
     if config.getoption("--store") != "moto":
         others = [item for item in items if "s3" not in getattr(item, "fixturenames", ())]
         items[:] = [item for item in items if item not in set(others)]

@@ -15,10 +15,11 @@ setup: $(INSTALLED) ## Make .venv and fetch the LPIPS backbones into the cache
 demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 	@$(BIN)/python -m pipelines.demo
 
-# Tests on Ray wait half of the time, for processes to start: the others run beside them.
+# Tests on Ray wait half of the time, for processes to start: the others run beside them, and are shown after them.
 test: setup ## Run the tests that need no GPU and no server
-	@$(BIN)/python -m pytest tests/unit & unit=$$!; \
-	$(BIN)/python -m pytest --ignore tests/unit; others=$$?; wait $$unit && exit $$others
+	@$(BIN)/python -m pytest tests/unit > .venv/unit-tests.log 2>&1 & unit=$$!; \
+	$(BIN)/python -m pytest --ignore tests/unit; others=$$?; \
+	wait $$unit; unit=$$?; cat .venv/unit-tests.log; exit $$((unit + others))
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway
 	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/, \

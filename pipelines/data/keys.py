@@ -59,7 +59,7 @@ class IndexKeys:
     """The keys of an index, in a file of its own that each node maps into memory."""
 
     uri: str
-    """The folder of the index."""
+    """The folder of the index, absolute."""
     version: str
     names: tuple[str, ...]
     """Columns: "key" and, for pairs, "lq_key"."""
@@ -121,17 +121,18 @@ def _mapped(uri: str, version: str, names: tuple[str, ...]) -> tuple[pa.RecordBa
 def _local_file(uri: str, version: str, names: tuple[str, ...]) -> Path:
     """An index's file of keys: where it is, if that is on this machine, else a copy in the cache.
 
-    An index without one, as they were written until 0.1, gets it here.
+    Early indexes have none; the copy is made from their table.
     """
     file_system, root = open_uri(uri)
     source = f"{root}/{keys_file(version)}"
     if isinstance(file_system, fs.LocalFileSystem) and Path(source).is_file():
         return Path(source)
     cached = cache_folder() / "indexes" / keys_file(version)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cached}.lock"):
-        if not cached.is_file():
-            _fetch(file_system, root, version, names, cached)
+    with storage_errors(str(cached)):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cached}.lock"):
+            if not cached.is_file():
+                _fetch(file_system, root, version, names, cached)
     return cached
 
 

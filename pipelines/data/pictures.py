@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ctmsr.errors import DataError, StoreError
 
-from ..infra.listing import list_images
+from ..infra.listing import absolute, list_images
 from ..infra.storage import open_uri, read_bytes
 from .keys import IndexKeys, Keys, ListedKeys
 
@@ -102,7 +102,8 @@ def _read_index(uri: str) -> Pictures:
     names = ("key", "lq_key") if summary["lq_uri"] else ("key",)
     return Pictures(
         uri,
-        IndexKeys(uri, summary["version"], names, summary["pictures"]),
+        # absolute, as tasks run in another working directory
+        IndexKeys(absolute(uri), summary["version"], names, summary["pictures"]),
         summary["uri"],
         summary["version"],
         lq_folder=summary["lq_uri"],

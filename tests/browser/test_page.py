@@ -9,30 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
-import torch
 from PIL import Image
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from ctmsr.config import to_dict
 from ctmsr.image import decode, encode_png
-from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
-from ctmsr.model.network import ConsistencyModel, NetworkConfig
-from pipelines.register.run import register
+from ctmsr.model.network import ConsistencyModel
 from pipelines.serve.run import serving
 from pipelines.serve.server import Limits
 from pipelines.tracking.models import find_version
-from pipelines.tracking.runs import preflight
 from tests.pipelines.test_serve import free_port
+from tests.support.registering import register_model, tiny_model
 
 pytestmark = pytest.mark.tier
 
-TINY = NetworkConfig(
-    lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
-)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --window-size=1000,900"
@@ -42,19 +35,14 @@ PHOTO = skimage.data.astronaut()[:96, 160:288]
 
 @pytest.fixture(scope="module")
 def model() -> ConsistencyModel:
-    torch.manual_seed(0)
-    return ConsistencyModel(TINY).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def url(
     model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
-    checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
-    uri = preflight(f"sqlite:///{folder}/mlflow.db")
-    register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
+    uri = register_model(model, tmp_path_factory.mktemp("registry"))
     version, limits = find_version(uri, "models:/toy/1"), Limits(max_pixels=2_000_000, timeout_s=60)
     with serving(version, host="127.0.0.1", port=free_port(), limits=limits) as url:
         yield url

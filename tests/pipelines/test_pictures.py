@@ -8,25 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from PIL.ExifTags import Base
 from starlette.requests import Request
 
-from ctmsr.config import to_dict
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import Picture, read
-from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
-from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.model.network import ConsistencyModel
 from pipelines.data.pictures import find_pictures
 from pipelines.data.stream import train_stream
 from pipelines.index.run import build_index
 from pipelines.index.scan import Settings as IndexSettings
-from pipelines.register.run import register
 from pipelines.serve.server import Limits, Server
 from pipelines.tracking.models import find_version, load_model
-from pipelines.tracking.runs import preflight
 from pipelines.upscale.__main__ import main
 from tests.support.picture_files import (
     P3,
@@ -44,11 +39,9 @@ from tests.support.picture_files import (
     srgb_parametric,
     table_profile,
 )
+from tests.support.registering import register_model, tiny_model
 
 SIDE = 48
-TINY = NetworkConfig(
-    lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
-)
 BLOCKS = np.random.default_rng(0).choice([51, 102, 153, 204], (3, 3, 4)).astype(np.uint8)
 """Colours with alpha, none of which is out of gamut in sRGB."""
 PIXELS = BLOCKS.repeat(16, axis=0).repeat(16, axis=1)
@@ -140,19 +133,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> ConsistencyModel:
-    torch.manual_seed(0)
-    return ConsistencyModel(TINY).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def registry(model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a registry with `model` as version 1 of toy."""
-    folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.3}, "inference": {"noise_version": 2}}
-    checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
-    uri = preflight(f"sqlite:///{folder}/mlflow.db")
-    register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
-    return uri
+    return register_model(model, tmp_path_factory.mktemp("registry"), sigma_max=0.3)
 
 
 def enlarged(model: ConsistencyModel, shown: np.ndarray) -> np.ndarray:

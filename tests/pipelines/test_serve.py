@@ -15,44 +15,32 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ctmsr.config import to_dict
 from ctmsr.errors import UserError
 from ctmsr.image import decode, encode_png
-from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
-from ctmsr.model.network import ConsistencyModel, NetworkConfig
-from pipelines.register.run import register
+from ctmsr.model.network import ConsistencyModel
 from pipelines.serve.run import serving
 from pipelines.serve.server import PAGE, Limits, Server
 from pipelines.tracking.models import Version, find_version
-from pipelines.tracking.runs import preflight
+from tests.support.registering import register_model, tiny_model
 
-TINY = NetworkConfig(
-    lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
-)
 PICTURE = np.random.default_rng(1).integers(0, 256, (11, 19, 3), np.uint8)
 LIMITS = Limits(max_pixels=2_000_000, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
 def model() -> ConsistencyModel:
-    torch.manual_seed(0)
-    return ConsistencyModel(TINY).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def version(model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory) -> Version:
     """A registered version of `model`."""
-    folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
-    checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
-    uri = preflight(f"sqlite:///{folder}/mlflow.db")
-    register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
+    uri = register_model(model, tmp_path_factory.mktemp("registry"))
     return find_version(uri, "models:/toy/1")
 
 

@@ -19,34 +19,27 @@ from ctmsr.errors import DataError, TrackingError
 from ctmsr.image import decode, encode_png
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
-from ctmsr.model.network import ConsistencyModel, NetworkConfig
+from ctmsr.model.network import ConsistencyModel
 from pipelines.infra.storage import list_sizes, open_uri, read_bytes, write_bytes
 from pipelines.register.run import register
 from pipelines.tracking.runs import preflight
 from pipelines.upscale.__main__ import main
 from tests.benchmarks.store import photo
 from tests.conftest import Store
+from tests.support.registering import TINY, register_model, tiny_model
 
-TINY = NetworkConfig(
-    lq_size=16, model_channels=32, channel_mult=(1, 2), num_blocks=1, embed_dim=32, num_heads=2
-)
 PICTURE = np.random.default_rng(1).integers(0, 256, (11, 19, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def model() -> ConsistencyModel:
-    torch.manual_seed(0)
-    return ConsistencyModel(TINY).eval()
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def registry(model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The options that name a registered version of `model`."""
-    folder = tmp_path_factory.mktemp("registry")
-    config = {"network": to_dict(TINY), "schedule": {"sigma_max": 0.9}, "inference": {"noise_version": 2}}
-    checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
-    uri = preflight(f"sqlite:///{folder}/mlflow.db")
-    register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
+    uri = register_model(model, tmp_path_factory.mktemp("registry"))
     return ["--model", "models:/toy@champion", "--tracking-uri", uri]
 
 

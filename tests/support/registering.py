@@ -24,6 +24,7 @@ from ctmsr.model.inference import upscale
 from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from pipelines.register.promotion import Decision
 from pipelines.register.run import register
+from pipelines.tracking.runs import preflight
 from tests.support.repository import ROOT
 
 TINY = NetworkConfig(
@@ -65,6 +66,25 @@ def write_checkpoint(folder: Path, seed: int, *, lpips: float = 0.4, psnr_y: flo
         train_state={"optimizer": torch.zeros(5)},
     )
     return folder
+
+
+def tiny_model() -> ConsistencyModel:
+    """A random network, always the same, in eval mode."""
+    torch.manual_seed(0)
+    return ConsistencyModel(TINY).eval()
+
+
+def register_model(model: ConsistencyModel, folder: Path, *, sigma_max: float = SIGMA_MAX) -> str:
+    """Registers it as toy, first version and champion, in a new registry, whose address this returns."""
+    config = {
+        "network": to_dict(TINY),
+        "schedule": {"sigma_max": sigma_max},
+        "inference": {"noise_version": 2},
+    }
+    checkpoint.save(folder / "checkpoint", model=model.state_dict(), config=config, meta={})
+    uri = preflight(f"sqlite:///{folder}/mlflow.db")
+    register(folder / "checkpoint", tracking_uri=uri, model_name="toy", run_id=None, metrics={}, tags={})
+    return uri
 
 
 def by_checkpoint(folder: Path, seed: int = 0) -> np.ndarray:

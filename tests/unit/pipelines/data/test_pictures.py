@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctmsr.errors import StoreError
 from pipelines.data.keys import BATCH_ROWS, keys_file, write_keys
 from pipelines.data.pictures import SUMMARY_FILE, find_pictures
 from pipelines.data.sample_order import SampleOrder
@@ -76,14 +77,32 @@ def test_a_key_is_found_by_its_number(tmp_path: Path, cache: Path, has_keys_file
     assert any(cache.rglob("*.arrow")) != has_keys_file
 
 
+def test_a_relative_index_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = pa.array(["a.png"], pa.large_string())
+    write_index(tmp_path / "a.index", {"key": keys, "lq_key": keys}, has_keys_file=True)
+    monkeypatch.chdir(tmp_path)
+    taker = find_pictures("a.index").keys.taker(np.zeros(1, int))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as the tasks are
+    assert taker()["key"].to_pylist() == ["a.png"]
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path, cache: Path) -> None:
+    keys = pa.array(["a.png"], pa.large_string())
+    uri = write_index(tmp_path / "a.index", {"key": keys, "lq_key": keys}, has_keys_file=False)
+    cache.write_bytes(b"")  # a file where the folder should be
+    with pytest.raises(StoreError, match=r"cannot use .*cache/indexes/keys-"):
+        find_pictures(uri).keys.take(np.zeros(1, int))
+
+
 def test_a_plan_does_not_grow_with_the_index(tmp_path: Path) -> None:
     sizes = []
-    for number in (10, 100_000):
+    for folder, number in ((tmp_path / "a", 10), (tmp_path / "b", 100_000)):
         keys = pa.array([f"{number:06}.png" for number in range(number)], pa.large_string())
-        (tmp_path / str(number)).mkdir()
-        uri = write_index(
-            tmp_path / str(number) / "a.index", {"key": keys, "lq_key": keys}, has_keys_file=True
-        )
+        folder.mkdir()
+        uri = write_index(folder / "a.index", {"key": keys, "lq_key": keys}, has_keys_file=True)
         order = SampleOrder(find_pictures(uri), 0, 0, 10**9, 32, 4)
         sizes.append(len(pickle.dumps((order, order.get_read_tasks(1)[0].metadata))))
-    assert abs(sizes[1] - sizes[0]) < 20  # the name of the folder and the number itself
+    assert abs(sizes[1] - sizes[0]) < 20  # the number itself

@@ -1,23 +1,15 @@
-"""How a search chooses and what it tells, without training: a score is a function of point and step."""
+"""How a search chooses, without training: a score is a function of point and step."""
 
 import itertools
-import json
 import random
-import zlib
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctmsr.config import from_dict, override, to_dict
 from ctmsr.errors import ConfigError
-from ctmsr.image import decode
-from pipelines.config.presets import PRESETS
-from pipelines.config.run_config import RunConfig
 from pipelines.tune.methods import FREE, Plan, Ranked, Score, Trial, asha_stops
-from pipelines.tune.report import importances, plots, table
 from pipelines.tune.space import (
     check_space,
     is_inside,
@@ -28,69 +20,7 @@ from pipelines.tune.space import (
     search_space,
     trial_config,
 )
-from pipelines.tune.verdict import chosen, too_few, verdict
-
-Scorer = Callable[[Trial, int], Score | None]
-
-
-def config_of(*settings: str, preset: str = "published") -> RunConfig:
-    return from_dict(RunConfig, override(to_dict(PRESETS[preset]()), list(settings)))
-
-
-def by_chance(trial: Trial, step: int) -> Score:
-    """Any score, but always the same for the same point and step."""
-    draw = zlib.crc32(json.dumps([dict(trial.point), step]).encode()) / 2**32
-    return Score(lpips=draw, psnr_y=25 + draw * 7 % 1)
-
-
-def near(sigma_max: float) -> Scorer:
-    """The nearer to this sigma_max, the better."""
-    return lambda trial, step: Score(abs(trial.point["schedule.sigma_max"] - sigma_max), 25.0)
-
-
-def on_pictures(sigma_max: float, *, number: int = 40, spread: float = 0.01) -> Scorer:
-    """As `near`; pictures differ by much in all trials alike, and by `spread` in each trial its own way."""
-    hardness = np.random.default_rng(0).normal(0, 0.3, number)
-
-    def score(trial: Trial, step: int) -> Score:
-        own = np.random.default_rng([trial.number, step]).normal(0, spread, number)
-        pictures = (
-            hardness + own - (hardness + own).mean() + abs(trial.point["schedule.sigma_max"] - sigma_max)
-        )
-        return Score(float(pictures.mean()), 25.0, tuple(pictures.tolist()))
-
-    return score
-
-
-def run(config: RunConfig, score: Scorer, order: random.Random, kill_share: float = 0.0) -> Plan:
-    """A search whose trials advance in any order, and which is killed and continued now and then.
-
-    `score` gives None for a trial that fails.
-    """
-    stored: dict[str, dict[int, Score]] = {}
-    plan, running, num_looked_at = Plan(config), list[Trial](), 0
-    while True:
-        plan.extend()
-        while len(running) < config.tune.max_concurrent and num_looked_at < len(plan.trials):
-            trial = plan.trials[num_looked_at]
-            num_looked_at += 1
-            plan.scores[trial.name] = dict(stored.get(trial.name, {}))
-            if not plan.is_over(trial):
-                running.append(trial)
-            plan.extend()
-        if not running:
-            return plan
-        trial = order.choice(running)
-        done = max(stored.get(trial.name, {}), default=trial.start_step)
-        step = next(step for step in report_steps(config.tune) if step > done)
-        if (scored := score(trial, step)) is None:
-            plan.failed.add(trial.name)
-        else:
-            stored.setdefault(trial.name, {})[step] = plan.scores[trial.name][step] = scored
-        if step == report_steps(config.tune)[-1] or plan.is_over(trial):
-            running.remove(trial)
-        if order.random() < kill_share:
-            plan, running, num_looked_at = Plan(config), [], 0
+from tests.support.searches import by_chance, config_of, near, run
 
 
 @settings(max_examples=40, deadline=None)
@@ -265,105 +195,3 @@ def test_a_space_that_holds_a_mistake(settings: list[str], message: str) -> None
 )
 def test_reports_are_even_and_the_last_is_at_the_end(total: int, steps: list[int]) -> None:
     assert report_steps(config_of(f"tune.ct_steps={total}", preset="small").tune) == steps
-
-
-def test_the_report_says_what_was_found() -> None:
-    config = config_of("tune.num_trials=12")
-    ranked = run(config, on_pictures(1.2), random.Random(0)).ranking()
-    lines = table(ranked).splitlines()
-    columns = (
-        "sigma_max noise_rho res_rho s0 s1 dtm_weight dtm_t_min dtm_t_max steps LPIPS PSNR-Y dB objective"
-    )
-    assert " ".join(lines[0].split()) == f"trial {columns}"
-    assert [line[0] for line in lines] == ["t", "*", *" " * 11]
-    assert sum("(own)" in line for line in lines) == 1
-    best, gain = ranked[0], ranked[0].score.lpips - 0.2  # the own sigma_max is 1.0
-    first, second = verdict(config, ranked).splitlines()
-    assert first.startswith(
-        f"best: {best.trial.name}, at 5000 CT + 200 DTM steps, on data.val_uri: "
-        f"sigma_max {best.trial.point['schedule.sigma_max']:.4g}, noise_rho "
-    )
-    assert second.startswith(f"against the run's own schedule: LPIPS {gain:+.4f} ± 0.00")
-    assert second.endswith(
-        f"over 40 pictures (95%, as the best of 11): better. best.json holds {best.trial.name}."
-    )
-    assert chosen(ranked) is best
-    matters = importances(config, ranked)
-    assert max(matters, key=lambda key: matters[key]) == "schedule.sigma_max"
-    assert sum(matters.values()) == pytest.approx(1)
-
-
-def own_of(ranked: list[Ranked]) -> Ranked:
-    return next(one for one in ranked if one.trial.number == 0)
-
-
-@pytest.mark.parametrize(
-    ("score", "said"),
-    [
-        (on_pictures(1.2, spread=1.0), " over 40 pictures (95%, as the best of 11): no difference. "),
-        (
-            on_pictures(1.2, number=4),
-            " over 4 pictures, too few to tell trials apart (5 needed in data.val_uri)",
-        ),
-        (near(1.2), " over 0 pictures, too few "),  # checkpoints from before there were such scores
-    ],
-)
-def test_without_a_difference_the_own_schedule_is_kept(score: Scorer, said: str) -> None:
-    config = config_of("tune.num_trials=12")
-    ranked = run(config, score, random.Random(0)).ranking()
-    best, own = ranked[0], own_of(ranked)
-    assert best.objective < own.objective
-    assert chosen(ranked) is own
-    told = verdict(config, ranked)
-    assert f"best: {best.trial.name}, " in told
-    assert said in told
-    assert told.endswith("best.json keeps the run's own.")
-    (marked,) = (line for line in table(ranked).splitlines() if line.startswith("*"))
-    assert marked.startswith("* trial-000 (own)")
-
-
-def test_with_more_trials_to_pick_from_a_gain_must_be_larger() -> None:
-    """One that is enough for the better of two is not for the best of many."""
-    config = config_of("tune.num_trials=12")
-    ranked = run(config, on_pictures(1.2, spread=0.13), random.Random(0)).ranking()
-    best, own = ranked[0], own_of(ranked)
-    assert chosen([best, own]) is best
-    assert chosen(ranked) is own
-    assert "over 40 pictures (95%): better." in verdict(config, [best, own])
-
-
-def test_the_report_says_that_nothing_was_found() -> None:
-    config = config_of("schedule.sigma_max=1.2")
-    ranked = run(config, on_pictures(1.2), random.Random(0)).ranking()
-    assert verdict(config, ranked).startswith("no trial was better than the run's own schedule, at 5000 CT")
-    assert chosen(ranked).trial.number == 0
-    failed = [one for one in ranked if one.trial.number != 0]
-    assert verdict(config, failed).endswith("own schedule failed, so there is nothing to compare it with.")
-    assert chosen(failed) is failed[0]
-
-
-def test_too_few_pictures_are_told_before_the_search() -> None:
-    assert too_few(4).startswith("warning: data.val_uri has 4 pictures, too few to tell trials apart")
-    assert too_few(5) == ""
-
-
-def test_plots_leave_out_keys_that_did_not_vary() -> None:
-    widths = []
-    for fixed in ((), ("tune.s0=[3]", "tune.s1=[3]")):
-        config = config_of("tune.num_trials=12", "schedule.s0=3", "schedule.s1=3", *fixed)
-        ranked = run(config, by_chance, random.Random(0)).ranking()
-        keys = {"schedule.s0", "schedule.s1"}
-        assert keys & set(importances(config, ranked)) == (set() if fixed else keys)
-        widths.append(decode(plots(config, ranked)["parallel.png"], name="").shape[1])
-    assert widths[1] < widths[0]
-
-
-@pytest.mark.parametrize("num_trials", [1, 2, 12])
-def test_plots_are_pictures(num_trials: int) -> None:
-    config = config_of(f"tune.num_trials={num_trials}")
-    ranked = run(config, by_chance, random.Random(0)).ranking()
-    pictures = {name: decode(data, name=name) for name, data in plots(config, ranked).items()}
-    assert list(pictures) == ["schedules.png", "parallel.png", "importance.png"][: 3 if num_trials > 3 else 2]
-    for picture in pictures.values():
-        assert min(picture.shape[:2]) > 100
-        assert len(np.unique(picture)) > 10

@@ -119,13 +119,18 @@ def register(
             )
             _upload_card(client, logged.model_id, card, evaluation, scratch)
             client.finalize_logged_model(logged.model_id, "READY")
-            origin = {f"lineage.{name}": text for name, text in lineage(release.manifest).items()}
-            achieved = {f"metric.{name}": repr(float(value)) for name, value in metrics.items()}
-            labels = {**origin, **achieved, **tags, "licence": rule.licence, "proven": "true"}
-            version = _create_version(
-                client, model_name, logged, run_id, card, labels | record(rule, measured)
-            )
+            labels = _labels(release.manifest, metrics, tags, rule) | record(rule, measured)
+            version = _create_version(client, model_name, logged, run_id, card, labels)
             return decision_of(client, model_name, version)
+
+
+def _labels(
+    manifest: Manifest, metrics: Mapping[str, float], tags: Mapping[str, str], rule: RegisterConfig
+) -> dict[str, str]:
+    """What a version's tags say of its origin and scores."""
+    origin = {f"lineage.{name}": text for name, text in lineage(manifest).items()}
+    achieved = {f"metric.{name}": repr(float(value)) for name, value in metrics.items()}
+    return {**origin, **achieved, **tags, "licence": rule.licence, "proven": "true"}
 
 
 def _run_of(

@@ -12,6 +12,7 @@ from ctmsr.training.transfer import Transfer, plan_transfer
 
 from ..config.run_config import RunConfig
 from ..infra.checkpoints import checkpoint_uri
+from ..infra.progress import counted
 from ..infra.storage import open_uri, read_bytes
 
 _LEAST_SHARE = 0.5
@@ -65,5 +66,4 @@ def _modules(names: Sequence[str]) -> str:
     """The larger modules that parameters belong to, in order, a few of them by name."""
     modules = list(dict.fromkeys(".".join(name.split(".")[1:-1][:2]) for name in names))
     more = f" and {len(modules) - _MOST_NAMES} more" if len(modules) > _MOST_NAMES else ""
-    count = f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-    return f"{', '.join(modules[:_MOST_NAMES])}{more} ({count})"
+    return f"{', '.join(modules[:_MOST_NAMES])}{more} ({counted(len(names), 'tensor')})"

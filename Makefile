@@ -16,8 +16,9 @@ demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 	@$(BIN)/python -m pipelines.demo
 
 # Tests on Ray wait half of the time, for processes to start: the others run beside them, and are shown after them.
+# They are nicer than Ray's workers, which are of niceness 15, as nothing waits for them.
 test: setup ## Run the tests that need no GPU and no server
-	@$(BIN)/python -m pytest tests/unit > .venv/unit-tests.log 2>&1 & unit=$$!; \
+	@nice -n 19 $(BIN)/python -m pytest tests/unit > .venv/unit-tests.log 2>&1 & unit=$$!; \
 	$(BIN)/python -m pytest --ignore tests/unit; others=$$?; \
 	wait $$unit; unit=$$?; cat .venv/unit-tests.log; exit $$((unit + others))
 

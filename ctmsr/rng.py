@@ -6,8 +6,12 @@ degradation and noise on any number of workers and after a resume.
 
 import hashlib
 import json
+from typing import Literal
 
 import numpy as np
+
+OrderVersion = Literal[1, 2]
+"""How an epoch is permuted: by `permutation` (1), as in early runs, or by `permuted` (2)."""
 
 
 def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:

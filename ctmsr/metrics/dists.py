@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..image import to_tensor
+from ..image.ranges import to_tensor
 from .backbone_cache import verified_backbone
 from .full_reference import check_pair
 

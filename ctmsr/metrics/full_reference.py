@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from skimage.color import rgb2ycbcr
 
-from ..image import to_tensor
+from ..image.ranges import to_tensor
 from .perceptual import Lpips
 
 

@@ -44,7 +44,7 @@ def pyiqa_score(name: str, sr_u8: "np.ndarray", device: "torch.device") -> float
     """
     import torch
 
-    from ..image import to_tensor
+    from ..image.ranges import to_tensor
 
     check_pyiqa()
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..image import to_tensor, to_u8, upsample
+from ..image.ranges import to_tensor, to_u8, upsample
 from .dists import Dists, dists
 from .full_reference import lpips_alex, psnr_y, ssim_y
 from .niqe import MIN_SIDE_PX, niqe

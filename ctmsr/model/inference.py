@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check
-from ..image import to_tensor, to_u8, to_u16, upsample
+from ..image.ranges import to_tensor, to_u8, to_u16, upsample
 from .device import keep_freed_memory, use_fast_math
 from .network import ConsistencyModel, bf16_copy
 from .noise import NoiseVersion, position_noise

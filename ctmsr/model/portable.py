@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..image import upsample
+from ..image.ranges import upsample
 from .inference import low_pass
 from .network import ConsistencyModel
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..image import to_tensor, upsample
+from ..image.ranges import to_tensor, upsample
 from ..metrics.perceptual import Lpips
 from ..model.device import upload
 from ..model.noise import NoiseVersion, normal

@@ -8,14 +8,13 @@ from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.model.inference import InferenceConfig, tile_spans
 from ctmsr.model.network import NetworkConfig, described
 from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
+from ctmsr.rng import OrderVersion
 from ctmsr.training.losses import LossConfig, dtm_range
 from ctmsr.training.resized_crop import lpips_size
 from ctmsr.training.state import OptimConfig, frozen_names
 from ctmsr.training.step import Recipe
 
 from .defaults import MODEL_NAME, TRACKING_URI
-
-OrderVersion = Literal[1, 2]
 
 
 @dataclass(frozen=True, kw_only=True)

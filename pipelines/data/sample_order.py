@@ -8,9 +8,8 @@ import pyarrow as pa
 from ray.data import DataContext, Datasource, RandomSeedConfig, ReadTask
 from ray.data.block import BlockMetadata
 
-from ctmsr.rng import permutation, permuted
+from ctmsr.rng import OrderVersion, permutation, permuted
 
-from ..config.run_config import OrderVersion
 from .pictures import Pictures
 
 _MIN_BLOCK_ROWS = 160

@@ -21,12 +21,12 @@ import ray.train
 from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import DataError, StoreError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
-from ctmsr.rng import sample_rng
+from ctmsr.rng import OrderVersion, sample_rng
 
 from ..infra.ray_data import configured, in_order
 from ..infra.storage import open_uri, read_bytes
 from .pictures import Pictures, refuse_unusable
-from .sample_order import NO_SAMPLE, OrderVersion, SampleOrder, sample_table
+from .sample_order import NO_SAMPLE, SampleOrder, sample_table
 
 _VAL_BLOCK_ROWS = 8
 _VAL_SEED = 0

@@ -26,9 +26,10 @@ from ..infra.cluster import check_gpus
 from ..infra.progress import counted
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, write_bytes
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
+from .leader import LIBRARIES
 from .retries import fit, steps_done
 from .start import starting_point
-from .worker import LIBRARIES, train_loop_per_worker
+from .worker import train_loop_per_worker
 
 _RESIZE_EVERY_S = 30
 """How often an elastic run looks for new nodes."""

@@ -5,7 +5,6 @@ steps so far are a prefix of one fixed order. So weights, optimizer state and st
 of a run, and after a restart, on any number of workers, the next step sees the images it would have seen.
 """
 
-import importlib.metadata
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import ray.train.torch
 import torch
 import torch.distributed
 
-from ctmsr.config import from_dict, to_dict
+from ctmsr.config import from_dict
 from ctmsr.metrics.perceptual import Lpips, load_lpips
 from ctmsr.model import checkpoint
 from ctmsr.model.device import prefetch, use_fast_math
@@ -27,12 +26,7 @@ from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch
 from ..data.sample_order import rows_per_worker
-from ..infra.checkpoints import LPIPS_BY_PICTURE, CheckpointWriter, fetched, newest
-from ..tracking.runs import git_commit
-from .reporting import Reporter
-
-LIBRARIES = ("torch", "ray", "numpy", "opencv-python-headless", "pillow", "lpips")
-"""Libraries whose versions a checkpoint records, as another version may round or draw differently."""
+from ..infra.checkpoints import fetched, newest
 
 
 def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
@@ -52,7 +46,11 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
     if config.train.compile:
         compile_step(state)
     monitor = StreamMonitor(config.data.max_unreadable, loop["num_pictures"] / num_workers, loop["progress"])
-    leader = _Leader(config, loop, monitor, unsent) if context.get_world_rank() == 0 else None
+    leader = None
+    if context.get_world_rank() == 0:
+        from .leader import Leader  # with MLflow, whose second the other ranks and Ray's controller save
+
+        leader = Leader(config, loop, monitor, unsent)
     batches = prefetch(_batches(config, num_workers, monitor), device)
     notice = None
     while state.global_step < config.optim.total_steps:
@@ -76,46 +74,6 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
             ray.train.report(metrics | {"step": state.global_step})
     if leader:
         leader.close()
-
-
-class _Leader:
-    """What rank 0 does besides training: reports and checkpoints."""
-
-    def __init__(
-        self, config: RunConfig, loop: Mapping[str, Any], monitor: StreamMonitor, unsent: list[dict[str, Any]]
-    ) -> None:
-        self._config, self._loop = config, loop
-        self.reporter = Reporter(config, loop, monitor, unsent)
-        self._writer = CheckpointWriter(
-            config.run_uri,
-            num_kept=config.train.num_checkpoints_kept,
-            num_best_kept=config.train.num_best_kept,
-        )
-
-    def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
-        """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to be lost."""
-        evaluation = None if is_preempted else self.reporter.evaluate(state)
-        metrics = evaluation.means if evaluation else {}
-        meta = {
-            "step": state.global_step,
-            "samples_seen": state.global_step * self._config.train.global_batch_size,
-            "metrics": metrics,
-            LPIPS_BY_PICTURE: evaluation.by_picture("lpips") if evaluation else [],
-            "train_version": self._loop["train_version"],
-            "num_workers": ray.train.get_context().get_world_size(),
-            "commit": git_commit(),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "unsent_metrics": self.reporter.unsent(),
-        }
-        self._writer.save(state, to_dict(self._config), meta)
-        if is_preempted:
-            self._writer.wait()
-        return metrics
-
-    def close(self) -> None:
-        """Waits for the last checkpoint, then for MLflow."""
-        self._writer.wait()
-        self.reporter.close()
 
 
 def _loss_network(config: RunConfig, device: torch.device) -> Lpips:

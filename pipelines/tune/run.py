@@ -22,8 +22,8 @@ from ..infra.ray_internals import keep_secrets_out_of_trials
 from ..infra.storage import delete_folder, open_uri, read_bytes, write_bytes
 from ..tracking.metric_logger import MetricLogger
 from ..tracking.runs import ensure_experiment, find_run, finish_children, log_files, tracked_run
+from ..train.leader import LIBRARIES
 from ..train.run import Inputs, check_inputs
-from ..train.worker import LIBRARIES
 from .methods import FREE, Plan, Ranked, Score, Trial
 from .report import plots, table
 from .space import check_space, folder_uri, report_steps, with_point

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ctmsr.config import from_dict
 from ctmsr.errors import UserError
-from ctmsr.image import to_u8
+from ctmsr.image.ranges import to_u8
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import InferenceConfig, upscale
 

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ctmsr.image import to_tensor, upsample
+from ctmsr.image.ranges import to_tensor, upsample
 from ctmsr.model.attention import WindowAttention
 from ctmsr.model.network import ConsistencyModel
 from ctmsr.model.schedule import curriculum_steps, trajectory_levels

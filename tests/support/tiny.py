@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctmsr.image import to_u8
+from ctmsr.image.ranges import to_u8
 from ctmsr.model.network import ConsistencyModel, NetworkConfig
 from ctmsr.model.schedule import ScheduleConfig
 from ctmsr.training.losses import LossConfig

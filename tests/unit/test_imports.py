@@ -190,3 +190,19 @@ def test_benchmarks_of_ctmsr_need_no_ray() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("pipelines.data.stream", {"torch", "mlflow"}), ("pipelines.train.worker", {"mlflow"})],
+)
+def test_the_processes_of_a_training_load_only_what_they_use(module: str, heavy: set[str]) -> None:
+    """Ray starts a dozen of them, each of which would take seconds and hundreds of megabytes more."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not set(done.stdout.split()) & heavy

@@ -11,17 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ctmsr.errors import DataError
-from ctmsr.image import (
-    MAX_PIXELS,
-    center_crop,
-    decode,
-    encode_png,
-    random_crop,
-    random_flip,
-    to_tensor,
-    to_u8,
-    upsample,
-)
+from ctmsr.image import MAX_PIXELS, center_crop, decode, encode_png, random_crop, random_flip
+from ctmsr.image.ranges import to_tensor, to_u8, upsample
 from ctmsr.rng import sample_rng
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctmsr.errors import UserError
-from ctmsr.image import to_tensor
+from ctmsr.image.ranges import to_tensor
 from ctmsr.metrics.backbone_cache import backbone_path
 from ctmsr.metrics.perceptual import Lpips, load_lpips, lpips_tensors
 from tests.support.torchvision import make_importable

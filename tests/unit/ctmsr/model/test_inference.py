@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctmsr.errors import ConfigError
-from ctmsr.image import to_tensor, to_u8, upsample
+from ctmsr.image.ranges import to_tensor, to_u8, upsample
 from ctmsr.model.inference import InferenceConfig, _warn_once, tile_spans, upscale
 from ctmsr.model.network import ConsistencyModel, NetworkConfig, bf16_copy
 from ctmsr.model.noise import position_noise

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctmsr.image import to_tensor, upsample
+from ctmsr.image.ranges import to_tensor, upsample
 from ctmsr.model.schedule import ScheduleConfig, trajectory_levels
 from ctmsr.rng import sample_seed
 from ctmsr.training.losses import LossConfig, alignment_loss, consistency_loss

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import encode_png
-from pipelines.config.run_config import OrderVersion
+from ctmsr.rng import OrderVersion
 from pipelines.data.keys import ListedKeys
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker

@@ -9,21 +9,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ray.util.queue import Empty, Queue
 
 from ctmsr.config import to_dict
 from ctmsr.errors import CheckpointError, ConfigError, UserError
+from ctmsr.image import decode, encode_png
 from ctmsr.model import checkpoint
 from pipelines.config.presets import PRESETS
 from pipelines.config.run_config import RunConfig
 from pipelines.convert.run import export_pth, import_pth
+from pipelines.evaluate.__main__ import main as evaluate_main
 from pipelines.infra.checkpoints import fetched, find
 from pipelines.infra.progress import Progress
 from pipelines.infra.storage import list_sizes
+from pipelines.register.__main__ import main as register_main
 from pipelines.tracking.runs import connect
 from pipelines.train.run import Outcome, check_inputs, start_over, train
+from pipelines.upscale.__main__ import main as upscale_main
 from tests.support.runs import (
     Trained,
     changed,
@@ -147,9 +152,11 @@ def test_a_run_starts_over_when_told_to(bucket: str, tmp_path: Path) -> None:
     assert inputs.train.version == check_inputs(other).train.version
 
 
-@pytest.mark.parametrize("is_converted", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    ("is_converted", "scale"), [pytest.param(False, 4, marks=pytest.mark.slow), (True, 3)]
+)
 def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
-    trained: Trained, tmp_path: Path, is_converted: bool
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_converted: bool, scale: int
 ) -> None:
     init_uri = trained.outcome.checkpoint_uri
     with fetched(init_uri) as folder:
@@ -161,17 +168,42 @@ def test_dtm_starts_from_a_checkpoint_of_ct_and_from_a_converted_one(
     settings = [f"init_uri={init_uri}", "optim.ct_steps=0", "optim.dtm_steps=1", "train.num_workers=1"]
     # It stays where it starts: at the trajectory of a run of DTM alone, of two steps.
     settings += ["optim.lr=1e-9", "schedule.s0=2", "loss.dtm_t_max=0.7", 'optim.freeze=["model.enc.*"]']
+    if scale != 4:
+        settings += [f"network.scale={scale}", "network.lq_size=16", "data.eval_crop_size=48"]
+        settings += [f"storage_uri={tmp_path}", f"model_name=x{scale}"]
     config = changed(trained.config, f"name=dtm-{is_converted}", *settings)
     outcome = run_to_end(config)
     assert run_named(config.name, config).data.metrics["dtm_loss"] > 0
     with fetched(outcome.checkpoint_uri) as folder:
         ema, _ = checkpoint.load_model(folder)
     for name, value in ema.state_dict().items():
+        if name not in expected.state_dict() or value.shape != expected.state_dict()[name].shape:
+            assert scale != 4, name
+            continue  # of the layers that depend on the scale
         torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-2, atol=1e-3)
         if name.startswith("model.enc."):
             assert torch.equal(value, expected.state_dict()[name]), name
     with pytest.raises(ConfigError, match=r"\(optim.freeze: \['model.enc.\*'\] -> \[\]\)"):
         check_inputs(changed(config, "optim.freeze=[]"))
+    if scale != 4:
+        evaluate_register_and_upscale(config, tmp_path, capsys)
+
+
+def evaluate_register_and_upscale(
+    config: RunConfig, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows a run, at its scale."""
+    options = ["--config", f"{config.run_uri}/config.json"]
+    assert evaluate_main(options) == 0
+    assert register_main(options) == 0
+    picture = folder / "photo.png"
+    picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)))
+    registry = ["--model", f"models:/{config.model_name}/1", "--tracking-uri", config.tracking_uri]
+    assert upscale_main([str(picture), "--output", str(folder), *registry]) == 0
+    capsys.readouterr()
+    scale = config.network.scale
+    sr_u8 = decode((folder / f"photo_x{scale}.png").read_bytes(), name="photo")
+    assert sr_u8.shape == (20 * scale, 31 * scale, 3)
 
 
 def test_what_a_run_starts_from_is_told_before_it_starts(trained: Trained) -> None:
@@ -188,17 +220,22 @@ def test_what_a_run_starts_from_is_told_before_it_starts(trained: Trained) -> No
 
 
 @pytest.mark.slow
-def test_the_starter_starts_a_run_at_another_scale(ray_session: None, bucket: str, tmp_path: Path) -> None:
+def test_the_starter_starts_a_run_at_another_scale(
+    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     starter = to_dict(PRESETS["small"]().network)
     network = [f"network.{key}={json.dumps(starter[key])}" for key in ("channel_mult", "num_heads")]
     settings = ["init_uri=starter", "network.scale=2", "network.lq_size=32", *network]
+    settings += [f"storage_uri={tmp_path}", "model_name=x2"]
     settings += ["optim.lr=1e-4", "optim.ct_steps=2", "optim.dtm_steps=0", "train.num_workers=1"]
-    outcome = run_to_end(run_config(bucket, tmp_path, "name=x2", *settings))
+    config = run_config(bucket, tmp_path, "name=x2", *settings)
+    outcome = run_to_end(config)
     with fetched(outcome.checkpoint_uri) as folder, fetched("starter") as starter_folder:
         model, _ = checkpoint.load_model(folder)
         before, _ = checkpoint.load_model(starter_folder)
     assert model.config.scale == 2
     torch.testing.assert_close(model.model.conv_last.weight, before.model.conv_last.weight, rtol=0, atol=1e-3)
+    evaluate_register_and_upscale(config, tmp_path, capsys)
 
 
 def test_a_checkpoint_that_cannot_be_started_from(trained: Trained) -> None:

@@ -16,7 +16,6 @@ from ray.util.state import list_tasks
 
 from ctmsr.config import to_dict
 from ctmsr.errors import UserError
-from ctmsr.image import decode, encode_png
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
 from pipelines.data.held_out import HeldOut, find_held_out
@@ -29,7 +28,6 @@ from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect
 from pipelines.train.__main__ import main as train_main
 from pipelines.train.run import check_inputs
-from pipelines.upscale.__main__ import main as upscale_main
 from tests.conftest import S3
 from tests.support.runs import (
     TOTAL_STEPS,
@@ -103,34 +101,6 @@ def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest
     assert evaluation.means.keys() - trained.outcome.metrics.keys() == {"dists", "bicubic_dists"}
     own = {name: evaluation.means[name] for name in trained.outcome.metrics}
     assert own == pytest.approx(trained.outcome.metrics, abs=1e-4)
-
-
-@pytest.mark.parametrize("scale", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_other_scales_train_evaluate_and_upscale(
-    ray_session: None, bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: int
-) -> None:
-    name = f"x{scale}"
-    settings = [f"network.scale={scale}", "network.lq_size=16", "data.eval_crop_size=48", "optim.ct_steps=1"]
-    settings += [
-        "optim.dtm_steps=1",
-        f"name={name}",
-        f"model_name={name}",
-        f"storage_uri={tmp_path}",
-        "train.num_workers=1",
-    ]
-    config = run_config(bucket, tmp_path, *settings)
-    run_to_end(config)
-    options = ["--config", f"{config.run_uri}/config.json"]
-    assert evaluate_main(options) == 0
-    assert register_main(options) == 0
-    picture = tmp_path / "photo.png"
-    picture.write_bytes(encode_png(np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)))
-    registry = ["--model", f"models:/{name}/1", "--tracking-uri", config.tracking_uri]
-    assert upscale_main([str(picture), "--output", str(tmp_path), *registry]) == 0
-    capsys.readouterr()
-    sr_u8 = decode((tmp_path / f"photo_x{scale}.png").read_bytes(), name="photo")
-    assert sr_u8.shape == (20 * scale, 31 * scale, 3)
-    assert find(config.run_uri).step == 2
 
 
 def test_register_releases_the_bytes_of_the_checkpoint(

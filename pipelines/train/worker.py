@@ -67,7 +67,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         if done or state.global_step % config.train.log_every_steps == 0:
             means = _mean_over_workers(losses, batch.share)
             if leader:
-                leader.reporter.report(state, means)
+                leader.report(state, means)
             before, notice = notice, ray.train.get_preemption_info()
             is_preempted = notice is not None and notice != before
         if done or is_preempted or state.global_step % config.train.checkpoint_every_steps == 0:
@@ -91,6 +91,10 @@ class _Leader:
             num_kept=config.train.num_checkpoints_kept,
             num_best_kept=config.train.num_best_kept,
         )
+
+    def report(self, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Reports the latest losses, the speed, and when there last was a checkpoint."""
+        self.reporter.report(state, losses, self._writer.stored_at)
 
     def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
         """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to be lost."""

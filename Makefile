@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser lint requirements clean
+.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser test-monitoring lint requirements clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,9 @@ test-mlflow: setup ## Run the tests of tracking and registry on PostgreSQL, S3 a
 
 test-browser: setup ## Run the tests of the page in Chromium (apt-get install chromium chromium-driver)
 	@$(BIN)/python -m pytest -m tier tests/browser
+
+test-monitoring: setup ## Run the tests of alerts in Prometheus (apt-get install --no-install-recommends prometheus)
+	@$(BIN)/python -m pytest -m tier tests/monitoring
 
 lint: $(INSTALLED) ## Check format, lint and types
 	@$(BIN)/ruff format --check .

@@ -43,6 +43,11 @@ class StreamMonitor:
         self.file_bytes = 0
         """Read from storage for this worker's samples."""
 
+    @property
+    def unreadable_share(self) -> float:
+        """Fraction of this worker's pictures that became unreadable; at data.max_unreadable the run ends."""
+        return len(self._keys) / self._num_pictures
+
     def count(self, rows: Rows) -> None:
         """Counts the rows of a batch.
 

@@ -17,6 +17,8 @@ from .keys import IndexKeys, Keys, ListedKeys
 
 INDEX_SUFFIX = ".index"
 SUMMARY_FILE = "summary.json"
+INDEX_FORMAT = 1
+"""Of an index, in its summary as "format"; an index without it is of format 1."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def _read_index(uri: str) -> Pictures:
             f"{uri} is not an index, or its scan did not finish: it has no {SUMMARY_FILE}. "
             f"Run `python -m pipelines.index FOLDER --out {uri}`."
         ) from error
+    if (found := summary.get("format", 1)) > INDEX_FORMAT:
+        raise DataError(
+            f"the index {uri} has format {found}, and this release reads up to {INDEX_FORMAT}: it was made "
+            "by a newer release. Upgrade this one, or index the folder again under another name with --out."
+        )
     names = ("key", "lq_key") if summary["lq_uri"] else ("key",)
     return Pictures(
         uri,

@@ -24,7 +24,7 @@ from pyarrow import fs
 from ctmsr.errors import DataError
 
 from ..data.keys import BATCH_ROWS, index_file, keys_file, write_keys
-from ..data.pictures import SUMMARY_FILE
+from ..data.pictures import INDEX_FORMAT, SUMMARY_FILE
 from ..infra.exit_status import root_cause
 from ..infra.listing import Listed, iter_images, list_files, stem
 from ..infra.progress import Bar, Screen, duration
@@ -132,6 +132,7 @@ def merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dic
         write_bytes(f"{out}/{keys_file(version)}", memoryview(pa.memory_map(str(keys)).read_buffer()))
     write_table(bad, f"{out}/quarantine-{version}.parquet")
     summary = vars(settings) | {
+        "format": INDEX_FORMAT,
         "version": version,
         "scale": good["scale"][0].as_py(),
         "pictures": len(good),

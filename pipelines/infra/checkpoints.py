@@ -7,6 +7,7 @@ whose checkpoint.json is uploaded last. Readers ignore a folder without it, or w
 import json
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -102,6 +103,8 @@ class CheckpointWriter:
         self._num_kept, self._num_best_kept = num_kept, num_best_kept
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self.stored_at = time.time()
+        """When the newest checkpoint was complete, in seconds since the epoch; at first, now."""
 
     def save(self, state: TrainState, config: dict[str, Any], meta: dict[str, Any]) -> None:
         """Copies the state to host memory and returns, after waiting for the previous write to finish.
@@ -139,6 +142,7 @@ class CheckpointWriter:
                     "Free some space there, or point TMPDIR to a larger disk."
                 ) from error
             upload_folder(folder, f"{self._run_uri}/{name}", last=checkpoint.MANIFEST_FILE)
+        self.stored_at = time.time()
         self._prune()
 
     def _prune(self) -> None:

@@ -1,40 +1,62 @@
 """Everything this project uses of Ray that Ray does not document, in one place.
 
 For each item: what it is for, what breaks without it, and which public way was ruled out. Checked against
-Ray 2.60. If a release renames one of them, this is the only file to change.
+Ray 2.59 and 2.60. If a release renames one of them, this is the only file to change; until then, everything
+works without it, and one warning says what is lost.
 """
 
+import functools
+import importlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import ray.data
-import ray.train
-from ray.data._internal.execution.execution_callback import ExecutionCallback
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE as TRAIN_ENV_VARS
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE as TUNE_ENV_VARS
+import ray
+
+logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.005
 _SECRETS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"}
 
 
-class LoopThrottle(ExecutionCallback):
+@functools.cache  # so that a warning is given once
+def private(module: str, name: str, lost: str) -> Any:
+    """A name that Ray does not document; None, with a warning, if this release of Ray has no such name.
+
+    Args:
+        module: Where it is.
+        name: In the module.
+        lost: What does not work without it.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        logger.warning("Ray %s: %s. %s Please report this.", ray.__version__, error, lost)
+        return None
+
+
+class LoopThrottle:
     """Sleeps briefly on every iteration of Ray Data's scheduling loop.
 
     While finished blocks wait for a slow trainer, the loop spins thousands of times a second. Unthrottled it
     takes a third of a core or more; throttled, a twentieth.
 
     `DataContext.custom_execution_callback_classes` is public, but `ray.data` does not export the base class
-    of its members. Any class with the same four methods would work today; the base class also supplies
-    whatever methods a later release adds.
+    of its members. Here all its methods but one do nothing, those that a later release adds as well.
     """
 
     def on_execution_step(self, executor: object) -> None:
         time.sleep(_PAUSE_S)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *_: None
 
 
 def quieten_data() -> None:
@@ -74,7 +96,13 @@ def train_helpers_find_cluster() -> Iterator[None]:
     `ray.init` has to be given before a private cluster has an address.
     """
     before = os.environ.get("RAY_ADDRESS")
-    TRAIN_ENV_VARS.add("RAY_ADDRESS")
+    passed_on = private(
+        "ray.train.v2._internal.constants",
+        "ENV_VARS_TO_PROPAGATE",
+        "With two clusters on a machine, a stopped trial may keep its resources.",
+    )
+    if passed_on is not None:
+        passed_on.add("RAY_ADDRESS")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     try:
         yield
@@ -90,7 +118,13 @@ def keep_secrets_out_of_trials() -> None:
     The set of variables that Tune copies is private, and no public setting changes it. Trials get their
     credentials from the environment of their nodes, like any training.
     """
-    TUNE_ENV_VARS.difference_update(_SECRETS)
+    copied = private(
+        "ray.tune.execution.class_cache",
+        "ENV_VARS_TO_PROPAGATE",
+        "AWS credentials in this environment may get into the logs of a search: use a profile or a role.",
+    )
+    if copied is not None:
+        copied.difference_update(_SECRETS)
 
 
 @contextmanager

@@ -33,6 +33,10 @@ class Leader:
             num_best_kept=config.train.num_best_kept,
         )
 
+    def report(self, state: TrainState, losses: Mapping[str, float]) -> None:
+        """Reports the latest losses, the speed, and when there last was a checkpoint."""
+        self.reporter.report(state, losses, self._writer.stored_at)
+
     def save(self, state: TrainState, is_preempted: bool) -> dict[str, float]:
         """Scores the EMA weights and saves a checkpoint; skips the scores if a node is about to be lost."""
         evaluation = None if is_preempted else self.reporter.evaluate(state)

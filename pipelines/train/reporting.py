@@ -37,6 +37,7 @@ class Reporter:
         self._gauges: dict[str, Gauge] = {}
         self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
         self._lpips = load_lpips("alex").to(ray.train.torch.get_device())
+        self._set_gauges({"step_at_s": time.time()})  # a run that never gets to a step has stalled, too
         self._restart_clock()
 
     def count(self, waited_s: float) -> None:
@@ -44,8 +45,11 @@ class Reporter:
         self._num_steps += 1
         self._waited_s += waited_s
 
-    def report(self, state: TrainState, losses: Mapping[str, float]) -> None:
-        """Reports the latest losses, and the speed since the last call."""
+    def report(self, state: TrainState, losses: Mapping[str, float], stored_at: float) -> None:
+        """Reports the latest losses, and the speed since the last call.
+
+        `stored_at` is when the newest checkpoint was complete, in seconds since the epoch.
+        """
         elapsed_s = time.monotonic() - self._started
         step_s = elapsed_s / self._num_steps
         step, total = state.global_step, self._config.optim.total_steps
@@ -68,6 +72,17 @@ class Reporter:
         )
         lr = state.optimizer.param_groups[0]["lr"]
         self._log({**losses, **speed, "lr": lr, "num_workers": self._num_workers}, step)
+        self._set_gauges(
+            {
+                "step": step,
+                "total_steps": total,
+                "step_at_s": time.time(),
+                "checkpoint_at_s": stored_at,
+                "checkpoint_interval_s": self._config.train.checkpoint_every_steps * step_s,
+                "unreadable_share": self._monitor.unreadable_share,
+                "unreadable_limit": self._config.data.max_unreadable,
+            }
+        )
         self._restart_clock()
 
     def evaluate(self, state: TrainState) -> Evaluation:
@@ -100,7 +115,11 @@ class Reporter:
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._mlflow.log(metrics, step)
-        for name, value in metrics.items():
+        self._set_gauges(metrics)
+
+    def _set_gauges(self, values: Mapping[str, float]) -> None:
+        """Sets Ray's metrics `ctmsr_<name>`; those with alerts are in cluster/kubernetes/monitoring."""
+        for name, value in values.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge(f"ctmsr_{name}", f"{name} of a training run", tag_keys=("run",))
             self._gauges[name].set(value, {"run": self._config.name})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import ray.train
 from ray.train.torch import TorchTrainer
+from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 
 from ctmsr.errors import StoreError, UserError
@@ -28,6 +29,8 @@ def fit(
         UserError: The run failed and is not retried; the message contains the workers' errors alone.
     """
     num_failures = 0
+    not_finite = Gauge("ctmsr_not_finite", "1 once a gradient was not finite", tag_keys=("run",))
+    not_finite.set(0, {"run": config.name})
     while True:
         before = steps_done(config)
         try:
@@ -38,6 +41,8 @@ def fit(
             after = steps_done(config)
             num_failures = 1 if after > before else num_failures + 1
             text = _failure(error)
+            if any(isinstance(cause, FloatingPointError) for cause in _causes(error).values()):
+                not_finite.set(1, {"run": config.name})  # a driver that ends sends its last values
             is_stopped = is_trial and isinstance(error, ray.exceptions.RayActorError)
             if is_stopped or _is_final(error) or num_failures > config.train.max_failures:
                 raise UserError(f"training failed. {text}") from error

@@ -65,7 +65,7 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         if done or state.global_step % config.train.log_every_steps == 0:
             means = _mean_over_workers(losses, batch.share)
             if leader:
-                leader.reporter.report(state, means)
+                leader.report(state, means)
             before, notice = notice, ray.train.get_preemption_info()
             is_preempted = notice is not None and notice != before
         if done or is_preempted or state.global_step % config.train.checkpoint_every_steps == 0:

@@ -1,7 +1,11 @@
 """The files of cluster/ as trees, which tests read, change and search."""
 
 import copy
+import functools
 import re
+import shutil
+import subprocess
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,21 +57,47 @@ def edited(document: Tree, path: str, value: Any) -> Tree:
 
 def image_problems(image: str) -> Iterator[str]:
     """What is wrong with the name of an image."""
-    tag = image.partition(":")[2]
+    name, _, tag = image.rpartition("/")[2].partition(":")
     if not re.match(r"\d+\.\d+", tag):
         yield f"{image} is not pinned"
-    if image.startswith("ctmsr-") and tag != VERSION:
+    if name.startswith("ctmsr-") and tag != VERSION:
         yield f"{image} is not version {VERSION} of this project"
 
 
 def objects() -> dict[str, Tree]:
-    """Every Kubernetes object of the manifests, by file and kind."""
-    files = [*KUBERNETES.glob("*.yaml"), *JOBS]
+    """Every Kubernetes object that is written in a file, by file, kind and name.
+
+    The objects of the folders job and serve get their pods from kustomize: see `rendered`.
+    """
     return {
         f"{path.name} {document['kind']} {name_of(document)}": document
-        for path in files
-        if path.name != "kustomization.yaml"
+        for path in sorted(KUBERNETES.rglob("*.yaml"))
+        if path.name != "kustomization.yaml" and path.parent.name not in ("job", "serve")
         for document in load(path)
+        if isinstance(document, dict)  # not a patch
+    }
+
+
+@functools.cache
+def rendered(folder: str = ".", *components: str) -> dict[str, Tree]:
+    """What `kubectl kustomize` makes of a folder of cluster/kubernetes, by kind and name.
+
+    Args:
+        folder: Below cluster/kubernetes.
+        components: Optional parts to add to those of its kustomization.yaml, before them.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        copied = shutil.copytree(KUBERNETES, Path(scratch, "kubernetes"))
+        file = copied / folder / "kustomization.yaml"
+        (tree,) = load(file)
+        up = "../" * len(Path(folder).parts)
+        tree["components"] = [f"{up}{name}" for name in components] + tree.get("components", [])
+        file.write_text(yaml.safe_dump(tree))
+        command = ["kubectl", "kustomize", str(file.parent)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {
+        f"{document['kind']} {name_of(document)}": document for document in yaml.safe_load_all(done.stdout)
     }
 
 

@@ -29,9 +29,11 @@ from pipelines.tracking.runs import connect
 from pipelines.train.__main__ import main as train_main
 from pipelines.train.run import check_inputs
 from tests.conftest import S3
+from tests.support.monitoring import metrics as monitored
 from tests.support.runs import (
     TOTAL_STEPS,
     Trained,
+    changed,
     files_of,
     kill_a_worker,
     run_config,
@@ -142,7 +144,7 @@ def test_a_run_that_lost_a_worker_ends_with_the_same_weights_and_shows_in_ray_s_
     trained: Trained,
 ) -> None:
     config = replace(trained.config, name="interrupted", train=replace(trained.config.train, max_failures=1))
-    inputs, ended = check_inputs(config), threading.Event()
+    inputs, ended, started = check_inputs(config), threading.Event(), time.time()
 
     def kill_after_a_checkpoint() -> None:
         deadline = time.monotonic() + 100
@@ -162,9 +164,27 @@ def test_a_run_that_lost_a_worker_ends_with_the_same_weights_and_shows_in_ray_s_
     assert 4 not in steps[1:]  # it did not start over
     assert steps[-1] == TOTAL_STEPS
     assert files_of(outcome.checkpoint_uri) == files_of(trained.outcome.checkpoint_uri)
-    assert gauges.result()["images_per_s"] > 0
-    assert 0 <= gauges.result()["data_wait"] <= 1
-    assert {"loss", "lr", "num_workers", "val_lpips"} <= gauges.result().keys()
+    seen = gauges.result()
+    assert seen["images_per_s"] > 0
+    assert 0 <= seen["data_wait"] <= 1
+    assert (seen["step"], seen["total_steps"], seen["not_finite"]) == (TOTAL_STEPS, TOTAL_STEPS, 0)
+    assert started < seen["checkpoint_at_s"] <= seen["step_at_s"] < time.time()
+    assert monitored() <= {f"ctmsr_{name}" for name in seen}  # by alerts and dashboard
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_and_shows_that_it_did(trained: Trained) -> None:
+    config = changed(trained.config, "name=diverged", "loss.charbonnier_weight=1e38")
+    inputs, ended = check_inputs(config), threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        gauges = thread.submit(gauges_of, config.name, ended)
+        try:
+            with pytest.raises(UserError, match="is not finite"):
+                run_to_end(config, inputs)
+            time.sleep(3)  # the driver of this test goes on, and reports every second
+        finally:
+            ended.set()
+    assert gauges.result()["not_finite"] == 1
 
 
 def test_a_picture_that_breaks_after_the_check_ends_the_run_or_is_left_out_as_allowed(

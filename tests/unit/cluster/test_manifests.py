@@ -7,112 +7,28 @@ commands by their own parsers.
 import importlib.metadata
 import json
 import re
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jsonschema
-import kubernetes_validate
 import pytest
 from mlflow.server.security_utils import is_allowed_host_header
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from ctmsr.errors import UserError
-from tests.support.commands import command_module
+from tests.support.manifest_problems import entrypoint_problems, problems
 from tests.support.manifests import (
     CLUSTER,
     JOBS,
     KUBERNETES,
-    SECRET,
     SERVER,
     Tree,
     edited,
-    image_problems,
     load,
     name_of,
     objects,
     parts,
 )
-from tests.support.repository import ROOT
 
-KUBERAY = json.loads((ROOT / "tests/fixtures/kuberay.json").read_text())
 PLACEHOLDER = "REPLACE_ME"
-
-
-def pods(document: Tree) -> list[Tree]:
-    """The pod templates of an object."""
-    return [template for template in parts(document, "template") if "spec" in template]
-
-
-def problems(document: Tree) -> list[str]:
-    """What is wrong with a Kubernetes object; nothing, if the list is empty."""
-    found = [*_structure(document), *_exposure(document)]
-    for pod in pods(document):
-        found += _pod(pod["spec"])
-    if document["kind"] == "RayJob":
-        found += _entrypoint(document["spec"].get("entrypoint", ""))
-    return found
-
-
-def _structure(document: Tree) -> Iterator[str]:
-    checked = [document]
-    if document["apiVersion"] == "ray.io/v1":
-        for error in jsonschema.Draft202012Validator(KUBERAY).iter_errors(document):
-            yield f"{error.json_path}: {error.message}"
-        checked = [
-            {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": pod}
-            for pod in pods(document)
-        ]
-    for each in checked:
-        try:
-            kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
-        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
-            yield error.message
-
-
-def _exposure(document: Tree) -> Iterator[str]:
-    types = list(parts(document, "serviceType"))
-    if document["kind"] == "Service":
-        types.append(document["spec"].get("type", "ClusterIP"))
-    if set(types) - {"ClusterIP"}:
-        yield f"a service of type {types[0]} is open to others than the cluster"
-    for key in ("hostNetwork", "hostPort", "nodePort", "externalIPs", "hostPath"):
-        if any(parts(document, key)):
-            yield f"{key} opens the machine"
-
-
-def _pod(pod: Tree) -> Iterator[str]:
-    user = pod.get("securityContext", {})
-    if not user.get("runAsNonRoot") or not user.get("runAsUser"):
-        yield "the pod may run as root"
-    for container in pod["containers"]:
-        lock = container.get("securityContext", {})
-        if lock.get("allowPrivilegeEscalation") is not False or lock.get("privileged"):
-            yield f"{container['name']} may become root"
-        if lock.get("capabilities", {}).get("drop") != ["ALL"]:
-            yield f"{container['name']} keeps capabilities"
-        if not {"cpu", "memory"} <= set(container.get("resources", {}).get("requests", {})):
-            yield f"{container['name']} does not say what it needs"
-        yield from image_problems(container["image"])
-        for variable in container.get("env", []):
-            if SECRET.search(variable["name"]) and "value" in variable:
-                yield f"{variable['name']} is in the manifest"
-
-
-def _entrypoint(command: str) -> Iterator[str]:
-    """Lets the command's own parser read it, and for those that have one, the config."""
-    python, option, module, *arguments = shlex.split(command)
-    if (python, option) != ("python", "-m"):
-        yield f"{command} is no command of this project"
-        return
-    code = command_module(module)
-    try:
-        if hasattr(code, "build_parser"):
-            code.build_parser().parse_args(arguments)
-        else:
-            code.main([*arguments, "--dry-run"])
-    except (SystemExit, UserError) as error:
-        yield f"{module}: {error}"
 
 
 @pytest.mark.parametrize("name", objects())
@@ -120,7 +36,7 @@ def test_kubernetes_takes_every_object(name: str) -> None:
     assert problems(objects()[name]) == []
 
 
-CLUSTER_OBJECT = "ray.yaml RayCluster ctmsr"
+CLUSTER_OBJECT = "cluster.yaml RayCluster ctmsr"
 JOB = "train.yaml RayJob train-"
 HEAD = "spec/headGroupSpec/template/spec"
 SERVER_CONTAINER = "spec/template/spec/containers/0"
@@ -173,17 +89,6 @@ def test_a_broken_object_is_refused(
     assert any(message in text for text in found), found
 
 
-def test_kustomize_builds_from_every_object() -> None:
-    (customization,) = load(KUBERNETES / "kustomization.yaml")
-    there = {path.name for path in KUBERNETES.glob("*.yaml")}
-    assert set(customization["resources"]) == there - {"kustomization.yaml", "secrets.example.yaml"}
-    images = {
-        image.partition(":")[0] for document in objects().values() for image in parts(document, "image")
-    }
-    assert {image["name"] for image in customization["images"]} == images - {"postgres"}
-    assert all(document["metadata"]["namespace"] == customization["namespace"] for document in jobs())
-
-
 def jobs() -> list[Tree]:
     return [document for path in JOBS for document in load(path)]
 
@@ -234,7 +139,7 @@ def config_of(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Tree]:
     def run(name: str) -> Tree:
         (job,) = load(KUBERNETES / "jobs" / f"{name}.yaml")
         capsys.readouterr()
-        assert list(_entrypoint(job["spec"]["entrypoint"])) == []
+        assert list(entrypoint_problems(job["spec"]["entrypoint"])) == []
         config: Tree = json.loads(capsys.readouterr().out)
         return config
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctmsr.errors import StoreError
+from ctmsr.errors import DataError, StoreError
 from pipelines.data.keys import BATCH_ROWS, keys_file, write_keys
-from pipelines.data.pictures import SUMMARY_FILE, find_pictures
+from pipelines.data.pictures import INDEX_FORMAT, SUMMARY_FILE, find_pictures
 from pipelines.data.sample_order import SampleOrder
 
 LENGTH = 1_000
@@ -62,6 +62,17 @@ def test_keys_of_more_than_two_gibibytes_are_all_there(tmp_path: Path, has_keys_
     last = pictures.keys.take(np.array([len(keys) - 1, 2_147_483])).to_pylist()
     assert [row["key"][-7:] for row in last] == ["2399999", "2147483"]
     assert [row["lq_key"][-7:] for row in last] == ["2399999", "2147483"]
+
+
+def test_an_index_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    uri = write_index(tmp_path / "a.index", {"key": pa.array(["a.png"])}, has_keys_file=True)
+    file = Path(uri, SUMMARY_FILE)
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"format": INDEX_FORMAT + 1}))
+    with pytest.raises(DataError, match=r"was made by a newer release\. Upgrade"):
+        find_pictures(uri)
+    file.write_text(json.dumps(summary | {"format": INDEX_FORMAT}))
+    assert len(find_pictures(uri)) == 1
 
 
 @pytest.mark.parametrize("has_keys_file", [True, False])

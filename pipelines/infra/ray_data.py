@@ -17,7 +17,7 @@ def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
     # Without the reservation, this policy compares bytes alone: a few small outputs in the queue would
     # throttle the stage before to a single task.
     context.downstream_capacity_backpressure_ratio = None
-    context.custom_execution_callback_classes = [LoopThrottle]
+    context.custom_execution_callback_classes = [LoopThrottle]  # type: ignore[list-item]
     context.execution_options = in_order()
     return dataset
 

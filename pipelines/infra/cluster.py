@@ -13,7 +13,7 @@ from ctmsr.config import check
 from ctmsr.errors import UserError
 
 from .ray_internals import quieten_token_setup
-from .storage import STORAGE_ENV
+from .s3 import STORAGE_ENV
 
 _RAY_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

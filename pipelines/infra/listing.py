@@ -17,7 +17,8 @@ from pyarrow import fs
 from ctmsr.errors import DataError
 
 from .invocation import printable
-from .storage import ATTEMPTS_TO_PROBE, is_no_such_key, is_utf8, open_uri, s3_client, storage_errors
+from .s3 import ATTEMPTS_TO_PROBE, s3_client
+from .storage import is_no_such_key, is_utf8, open_uri, storage_errors
 
 logger = logging.getLogger(__name__)
 

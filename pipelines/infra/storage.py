@@ -6,36 +6,21 @@ AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT_URL; GOOGLE_A
 
 import os
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 from botocore.exceptions import BotoCoreError, ClientError
+from obstore.exceptions import BaseError
 from pyarrow import fs
 
 from ctmsr.config import check
 from ctmsr.errors import DataError, StoreError
 
-STORAGE_ENV = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
-"""For every process that writes to S3: stores other than AWS reject the SDK's newer checksums with HTTP 411.
-
-`open_uri` sets it in its own process. A process that unpickles a file system, such as a Ray Train worker, has
-to start with it: `ray.init(runtime_env={"env_vars": STORAGE_ENV})`.
-"""
-
-# An attempt that gets no response takes the sum of the two, so three attempts stay below 15 s.
-_CONNECT_TIMEOUT_S = 3
-_SILENCE_TIMEOUT_S = 4
-ATTEMPTS_TO_PROBE = 3
-ATTEMPTS_TO_TRANSFER = 6
-_making_client = threading.Lock()
-"""boto3 can make only one client at a time."""
+from . import s3
 
 # Fragments of the clients' error messages and what they mean, in order of precedence.
 _CAUSES = (
@@ -53,6 +38,8 @@ _CAUSES = (
             "(SignatureDoesNotMatch)",
             "(403)",
             "ExpiredToken",
+            "401 Unauthorized",  # obstore
+            "403 Forbidden",
             "HTTP status 401",
             "HTTP status 403",
             "PERMISSION_DENIED",
@@ -68,6 +55,7 @@ _CAUSES = (
             "AWS Error NETWORK_CONNECTION",
             "AWS Error REQUEST_TIMEOUT",
             "endpoint URL",  # and so on: boto3 has a sentence for each way to fail
+            "HTTP error: ",  # obstore, if there is no status
             "UNAVAILABLE",
             "DEADLINE_EXCEEDED",
         ),
@@ -80,7 +68,7 @@ _CAUSES = (
 )
 
 
-def open_uri(uri: str, *, attempts: int = ATTEMPTS_TO_TRANSFER) -> tuple[fs.FileSystem, str]:
+def open_uri(uri: str, *, attempts: int = s3.ATTEMPTS_TO_TRANSFER) -> tuple[fs.FileSystem, str]:
     """The file system of a URI, and the URI's path within it. Contacts no server.
 
     Args:
@@ -100,7 +88,7 @@ def open_uri(uri: str, *, attempts: int = ATTEMPTS_TO_TRANSFER) -> tuple[fs.File
         return fs.LocalFileSystem(), os.path.abspath(unquote(path))
     path = path.strip("/")
     if scheme == "s3" and path:
-        return _s3(attempts), path
+        return s3.file_system(attempts), path
     if scheme == "gs" and path:
         return fs.GcsFileSystem(retry_time_limit=timedelta(seconds=10)), path
     raise DataError(
@@ -129,22 +117,37 @@ def check_outlives_job(name: str, uri: str) -> None:
 
 
 def read_bytes(file_system: fs.FileSystem, path: str) -> bytes:
-    """The contents of a file.
+    """The contents of a file; one request in S3.
 
     Raises:
         DataError: It does not exist, or its permissions forbid reading it.
         StoreError: The store denies access or does not respond.
     """
-    with storage_errors(path):
-        # pyarrow refuses these or resolves them; in S3 they are parts of a name like any other.
-        if isinstance(file_system, fs.S3FileSystem) and {"", ".", ".."} & set(path.split("/")):
-            bucket, _, key = path.partition("/")
-            return _reader().get_object(Bucket=bucket, Key=key)["Body"].read()
-        try:
+    with _reading_errors(path):
+        if isinstance(file_system, fs.S3FileSystem):
+            return s3.read_object(path)
+        with file_system.open_input_file(path) as file:
+            return file.read()
+
+
+def read_range(file_system: fs.FileSystem, path: str, start: int, length: int) -> bytes:
+    """`length` bytes of a file, from byte `start`; one request in S3.
+
+    Raises:
+        DataError: The file ends before, or `read_bytes` would raise.
+        StoreError: The store denies access or does not respond.
+    """
+    if not length:
+        return b""
+    with _reading_errors(path):
+        if isinstance(file_system, fs.S3FileSystem):
+            data = s3.read_object(path, start, length)
+        else:
             with file_system.open_input_file(path) as file:
-                return file.read()
-        except PermissionError as error:  # of one local file; a store that denies access has no such error
-            raise DataError(f"{path} cannot be read: permission denied. Change its permissions.") from error
+                data = file.read_at(length, start)
+    if len(data) < length:
+        raise _ends_early(path, start + length)
+    return data
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -221,7 +224,7 @@ def list_sizes(uri: str) -> dict[PurePosixPath, int]:
     Raises:
         StoreError: The store denies access or does not respond.
     """
-    file_system, root = open_uri(uri, attempts=ATTEMPTS_TO_PROBE)
+    file_system, root = open_uri(uri, attempts=s3.ATTEMPTS_TO_PROBE)
     with storage_errors(uri):
         files = file_infos(file_system, root)
     return {PurePosixPath(info.path).relative_to(root): info.size for info in files}
@@ -230,44 +233,6 @@ def list_sizes(uri: str) -> dict[PurePosixPath, int]:
 def is_utf8(name: str) -> bool:
     """Whether a name came as UTF-8; Python marks other bytes with characters that cannot be encoded again."""
     return name.isascii() or name == name.encode(errors="ignore").decode()
-
-
-def s3_client(*, attempts: int = ATTEMPTS_TO_TRANSFER) -> Any:
-    """A boto3 client, for what pyarrow's file system does not offer; call it inside `storage_errors`."""
-    import boto3  # takes a second, which --help should not wait for
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    config = Config(
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        read_timeout=_SILENCE_TIMEOUT_S,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-    )
-    with _making_client:
-        session = boto3.Session(region_name=os.environ.get("AWS_REGION"))
-        if session.get_credentials() is None:  # a public bucket
-            config = config.merge(Config(signature_version=UNSIGNED))
-        return session.client("s3", config=config)
-
-
-_reader = lru_cache(maxsize=1)(s3_client)
-
-
-def _s3(attempts: int) -> fs.S3FileSystem:
-    for name, value in STORAGE_ENV.items():
-        os.environ.setdefault(name, value)
-    # S3FileSystem does not read AWS_ENDPOINT_URL.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://"
-    scheme, separator, host = endpoint.partition("://")
-    if scheme not in ("http", "https") or not separator:
-        raise DataError(f"AWS_ENDPOINT_URL must be like http://host:9000 or https://host, got {endpoint!r}.")
-    return fs.S3FileSystem(
-        scheme=scheme,
-        endpoint_override=host.rstrip("/") or None,
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        request_timeout=_SILENCE_TIMEOUT_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-    )
 
 
 def file_infos(file_system: fs.FileSystem, root: str) -> list[fs.FileInfo]:
@@ -284,14 +249,29 @@ def is_no_such_key(error: Exception) -> bool:
     return isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey")
 
 
+def _ends_early(path: str, end: int) -> DataError:
+    return DataError(f"{path} ends before byte {end}: it has changed. Index the pictures again.")
+
+
+@contextmanager
+def _reading_errors(path: str) -> Iterator[None]:
+    """`storage_errors`, and what may be wrong with one local file; stores have no PermissionError."""
+    with storage_errors(path):
+        try:
+            yield
+        except PermissionError as error:
+            raise DataError(f"{path} cannot be read: permission denied. Change its permissions.") from error
+
+
 @contextmanager
 def storage_errors(place: str) -> Iterator[None]:
     """Turns the errors of file systems into a DataError or StoreError that says what to do about `place`."""
     try:
         yield
-    except (OSError, pa.ArrowInvalid, BotoCoreError, ClientError) as error:
+    except (OSError, pa.ArrowInvalid, BotoCoreError, ClientError, BaseError) as error:
         if isinstance(error, FileNotFoundError) or is_no_such_key(error):
             raise DataError(f"{place} does not exist. Check the path.") from error
         text = " ".join(str(error).split())
         cause = next((cause for marks, cause in _CAUSES if any(mark in text for mark in marks)), "it failed")
+        text = text.partition(" Debug source: ")[0]  # obstore repeats itself at length
         raise StoreError(f"cannot use {place}: {cause}. The client reports: {text[:300]}") from error

@@ -13,7 +13,7 @@ import pytest
 
 from ctmsr.errors import DataError
 from pipelines.infra.listing import list_images
-from pipelines.infra.storage import open_uri, read_bytes, write_bytes
+from pipelines.infra.storage import open_uri, read_bytes, read_range, write_bytes
 from tests.conftest import S3
 from tests.support.malformed import good
 from tests.support.repository import ROOT
@@ -51,13 +51,24 @@ def failing(s3: S3, **shares: float) -> Iterator[FaultProxy]:
 
 @pytest.mark.parametrize("kind", ["slow_down", "reset", "cut"])
 def test_a_fault_now_and_then_is_not_seen(s3: S3, bucket: str, kind: str) -> None:
-    with failing(s3, **{kind: 0.2}) as proxy:
+    with failing(s3, **{kind: 0.3}) as proxy:
         file_system, root = open_uri(bucket)
         assert {key: read_bytes(file_system, f"{root}/{key}") for key in FILES} == FILES
         assert [file.key for file in list_images(bucket).files] == sorted(FILES)
         write_bytes(f"{bucket}/out/x.bin", FILES["00.png"])
         assert read_bytes(file_system, f"{root}/out/x.bin") == FILES["00.png"]
     assert proxy.counts[kind] >= 3
+
+
+def test_a_picture_is_read_by_one_request(s3: S3, bucket: str) -> None:
+    with failing(s3) as proxy:
+        file_system, root = open_uri(bucket)
+        assert {key: read_bytes(file_system, f"{root}/{key}") for key in FILES} == FILES
+        assert proxy.counts == {"ok": len(FILES)}
+        for start, length in ((0, 1), (100, 50), (20_002, 3)):
+            found = read_range(file_system, f"{root}/05.png", start, length)
+            assert found == FILES["05.png"][start : start + length]
+        assert proxy.counts == {"ok": len(FILES) + 3}
 
 
 def test_a_stalled_answer_is_waited_for(s3: S3, bucket: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ctmsr.errors import DataError
 from pipelines.infra.listing import list_images
-from pipelines.infra.storage import download_folder, open_uri, read_bytes, write_bytes
+from pipelines.infra.storage import download_folder, open_uri, read_bytes, read_range, write_bytes
 from tests.conftest import S3, Store
 
 
@@ -44,6 +44,19 @@ def test_relative_paths_and_file_uris(tmp_path: Path, monkeypatch: pytest.Monkey
     expected = list_images(str(tmp_path / "a b"))
     assert list_images("a b") == expected
     assert list_images(f"file://{tmp_path}/a%20b").files == expected.files
+
+
+def test_a_part_of_a_file(store: Store) -> None:
+    data = bytes(range(200))
+    uri = store({"x/a.tar": data})
+    file_system, root = open_uri(uri)
+    for start, length in ((0, 200), (10, 1), (199, 1), (77, 0), (300, 0)):
+        assert read_range(file_system, f"{root}/x/a.tar", start, length) == data[start : start + length]
+    for start, length in ((150, 51), (200, 1), (1000, 10)):
+        with pytest.raises(DataError, match=rf"a\.tar ends before byte {start + length}: it has changed"):
+            read_range(file_system, f"{root}/x/a.tar", start, length)
+    with pytest.raises(DataError, match=r"none\.tar does not exist"):
+        read_range(file_system, f"{root}/x/none.tar", 0, 1)
 
 
 def test_writing_replaces_and_leaves_nothing_else(store: Store) -> None:

@@ -12,11 +12,15 @@ reason; nothing is deleted. An index is a folder:
 import argparse
 import json
 import shlex
+from typing import TYPE_CHECKING
 
 from ctmsr.config import check
 
 from ..infra.exit_status import run
 from ..infra.invocation import command_parser
+
+if TYPE_CHECKING:
+    from .scan import Settings
 
 EXAMPLES = """\
 examples:
@@ -24,13 +28,16 @@ examples:
     python -m pipelines.index s3://bucket/photos
   HR pictures with LR counterparts, which training then uses instead of degrading:
     python -m pipelines.index s3://bucket/hr --lq s3://bucket/lr --out s3://bucket/pairs.index
+  pictures from the web, without banners, pictures out of focus and what is there in several sizes:
+    python -m pipelines.index s3://bucket/web --max-aspect 3 --min-detail 0.2 --near-duplicates 2
 
 reasons for quarantine:
   unreadable  damaged, or access is denied    truncated   the file ends early
   too-small   a side below --min-side         bomb        too many pixels to decode safely
   mode        no fixed white level            duplicate   same bytes as another picture, which is kept
   missing-lq  no LR picture of the same name  bad-lq      LR picture unreadable or of the wrong size
-  gone        deleted during the scan"""
+  gone        deleted during the scan         too-narrow  more than --max-aspect
+  no-detail   less than --min-detail          near-duplicate  looks like a larger one, which is kept"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,6 +49,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lq", default="", metavar="FOLDER", help="LR pictures with the same names")
     parser.add_argument(
         "--min-side", type=int, default=32, metavar="PX", help="shortest side allowed; default %(default)s"
+    )
+    parser.add_argument(
+        "--max-aspect", type=float, default=0, metavar="RATIO", help="longest side over shortest; default any"
+    )
+    parser.add_argument(
+        "--min-detail",
+        type=float,
+        default=0,
+        metavar="FRACTION",
+        help="part of the picture that has to be neither flat nor blurred; default %(default)s",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        type=int,
+        metavar="BITS",
+        help="keep the largest of pictures that look alike: whose 64-bit hashes differ in at most BITS bits, "
+        "0 to 6; default all",
     )
     return parser
 
@@ -55,13 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     from ..infra.listing import absolute, iter_images
     from ..infra.storage import check_outlives_job, write_bytes
     from .run import build_index
-    from .scan import Settings
 
     out = (arguments.out or arguments.uri.rstrip("/") + INDEX_SUFFIX).rstrip("/")
     check_outlives_job("--out", out)
     check(out.endswith(INDEX_SUFFIX), f"--out must end in {INDEX_SUFFIX}, got {out!r}.")
-    check(arguments.min_side >= 1, f"--min-side must be at least 1, got {arguments.min_side}.")
-    settings = Settings(absolute(arguments.uri), absolute(arguments.lq), arguments.min_side)
+    settings = _settings(arguments)
     inside = absolute(out).startswith(f"{settings.uri}/")
     check(not inside, f"--out {out} is inside the folder it indexes. Choose a location outside it.")
     for uri in filter(None, (settings.uri, settings.lq_uri)):
@@ -74,10 +96,30 @@ def main(argv: list[str] | None = None) -> int:
         f"{summary['pictures']} pictures indexed, {quarantined} quarantined, {summary['ignored']} other files"
     )
     for reason, number in summary["quarantined"].items():
-        print(f"  {reason:<12}{number}")
+        print(f"  {reason:<16}{number}")
     print(f"written: {out}  version {summary['version']}")
     print(f"next: python -m pipelines.train --set {shlex.quote(f'data.train_uri={out}')}")
     return 0
+
+
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    from ..infra.listing import absolute
+    from .near import MAX_DISTANCE
+    from .scan import Settings
+
+    min_side, max_aspect = arguments.min_side, arguments.max_aspect
+    min_detail, bits = arguments.min_detail, arguments.near_duplicates
+    check(min_side >= 1, f"--min-side must be at least 1, got {min_side}.")
+    check(
+        not max_aspect or max_aspect >= 1,
+        f"--max-aspect must be at least 1, or 0 for any, got {max_aspect:g}.",
+    )
+    check(0 <= min_detail <= 1, f"--min-detail must be from 0 to 1, got {min_detail:g}.")
+    check(
+        bits is None or 0 <= bits <= MAX_DISTANCE,
+        f"--near-duplicates must be from 0 to {MAX_DISTANCE} bits, got {bits}.",
+    )
+    return Settings(absolute(arguments.uri), absolute(arguments.lq), min_side, max_aspect, min_detail, bits)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,28 @@
 """Scans a folder into an index: reuses earlier results and scans the rest with Ray Data."""
 
-import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
 
 from ctmsr.errors import DataError
 
-from ..data.keys import BATCH_ROWS, index_file, keys_file, write_keys
-from ..data.pictures import INDEX_FORMAT, SUMMARY_FILE
 from ..infra.exit_status import root_cause
 from ..infra.listing import Listed, iter_images, list_files, stem
 from ..infra.progress import Bar, Screen, duration
 from ..infra.ray_data import configured
-from ..infra.storage import open_uri, read_bytes, write_bytes
-from .scan import SCHEMA, Settings, chunks, part_name, scan_chunk, write_table
+from ..infra.storage import open_uri
+from .merge import merge
+from .scan import Settings, chunks, part_name, scan_chunk
 
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
-_READ_THREADS = 8
 
 
 def build_index(settings: Settings, out: str) -> dict[str, Any]:
@@ -104,98 +92,6 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "_ScanProgre
         raise DataError(
             f"the scan stopped; run the same command again to resume it. {root_cause(error)}"
         ) from error
-
-
-def merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
-    """Writes the index from the parts; works on whole Arrow columns, as there may be ten million rows."""
-    file_system, _ = open_uri(out)
-
-    def read(part: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(read_bytes(file_system, part)), schema=SCHEMA)
-
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        table = pa.concat_tables(pool.map(read, parts)).combine_chunks()
-    table = _mark_scales(_mark_duplicates(table))
-    is_good = pc.equal(table["status"], "ok")
-    good, bad = table.filter(is_good), table.filter(pc.invert(is_good))
-    reasons = {one["values"]: one["counts"] for one in pc.value_counts(bad["status"]).to_pylist()}
-    if not len(good):
-        raise DataError(f"none of the {len(table)} pictures under {settings.uri} are usable: {reasons}.")
-    names = ["key", "lq_key"] if settings.lq_uri else ["key"]
-    version = _version(good.select(["key", "sha256", *(["lq_key", "lq_sha256"] if settings.lq_uri else [])]))
-    index = good.drop_columns(
-        ["status", "detail", *([] if settings.lq_uri else ["lq_key", "lq_sha256", "scale"])]
-    )
-    write_table(index, f"{out}/{index_file(version)}")
-    with TemporaryDirectory() as folder:
-        write_keys(good.to_batches(BATCH_ROWS), names, keys := Path(folder) / "keys")
-        write_bytes(f"{out}/{keys_file(version)}", memoryview(pa.memory_map(str(keys)).read_buffer()))
-    write_table(bad, f"{out}/quarantine-{version}.parquet")
-    summary = vars(settings) | {
-        "format": INDEX_FORMAT,
-        "version": version,
-        "scale": good["scale"][0].as_py(),
-        "pictures": len(good),
-        "bytes": pc.sum(good["size"]).as_py(),
-        "pixels": pc.sum(pc.multiply(good["width"].cast("int64"), good["height"])).as_py(),
-        "quarantined": dict(sorted(reasons.items())),
-        "ignored": num_files - len(table),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_bytes(f"{out}/{SUMMARY_FILE}", (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
-
-
-def _version(identity: pa.Table) -> str:
-    """Hash of all rows."""
-    digest = hashlib.blake2b(digest_size=8)
-    for batch in identity.to_batches(BATCH_ROWS):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
-
-
-def _mark_duplicates(table: pa.Table) -> pa.Table:
-    """Quarantines all but the first, by key, of usable pictures with the same bytes."""
-    rows = np.flatnonzero(pc.equal(table["status"], "ok"))
-    codes = table["sha256"].take(pa.array(rows)).combine_chunks().dictionary_encode().indices.to_numpy()
-    first = np.empty(codes.max(initial=-1) + 1, np.int64)
-    first[codes[::-1]] = rows[::-1]  # the last assignment stays
-    is_again = first[codes] != rows
-    again = rows[is_again]
-    pairs = zip(_at(table["key"], again), _at(table["key"], first[codes][is_again]), strict=True)
-    return _quarantine(
-        table, again, "duplicate", [f"{key} has the same bytes as {one}." for key, one in pairs]
-    )
-
-
-def _mark_scales(table: pa.Table) -> pa.Table:
-    """Quarantines usable pairs whose scale differs from that of the majority."""
-    scales = table["scale"].filter(pc.equal(table["status"], "ok"))
-    common = pc.mode(scales)
-    if not len(common):  # no pairs
-        return table
-    scale = common[0]["mode"].as_py()
-    is_other = pc.and_(pc.equal(table["status"], "ok"), pc.not_equal(table["scale"], scale))
-    rows = np.flatnonzero(is_other)
-    pairs = zip(_at(table["key"], rows), _at(table["scale"], rows), strict=True)
-    details = [f"{key} is a pair of scale {other}; most are of scale {scale}." for key, other in pairs]
-    return _quarantine(table, rows, "bad-lq", details)
-
-
-def _quarantine(table: pa.Table, rows: np.ndarray, status: str, details: list[str]) -> pa.Table:
-    """Gives some rows another status, each with its detail."""
-    mask = np.zeros(len(table), bool)
-    mask[rows] = True
-    for name, values in (("status", [status] * len(rows)), ("detail", details)):
-        column = table[name].combine_chunks()
-        column = pc.replace_with_mask(column, mask, pa.array(values, pa.large_string()))
-        table = table.set_column(table.schema.get_field_index(name), name, column)
-    return table
-
-
-def _at(column: pa.ChunkedArray, rows: np.ndarray) -> list[Any]:
-    return column.take(pa.array(rows)).to_pylist()
 
 
 class _ScanProgress:

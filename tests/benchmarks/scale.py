@@ -25,7 +25,7 @@ from pipelines.data.keys import BATCH_ROWS, keys_file, write_keys
 from pipelines.data.pictures import SUMMARY_FILE, find_pictures
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.stream import train_stream
-from pipelines.index.run import merge
+from pipelines.index.merge import merge
 from pipelines.index.scan import SCHEMA, Settings, write_table
 from pipelines.infra.cluster import ray_cluster
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from ctmsr.errors import DataError, UserError
 from ctmsr.image import encode_png
@@ -134,6 +135,33 @@ def test_the_same_bytes_count_once(tmp_path: Path) -> None:
     fill(str(tmp_path / "photos"), {"b.jpg": (data, set()), "a.jpg": (data, set()), "c.jpg": (other, set())})
     assert index([str(tmp_path / "photos")]) == 0
     assert quarantine(tmp_path / "photos.index") == {"b.jpg": "duplicate"}
+
+
+def test_what_is_narrow_flat_or_there_in_another_size_is_set_aside_where_asked(tmp_path: Path) -> None:
+    import skimage.data
+
+    photo, folder = skimage.data.astronaut(), tmp_path / "photos"
+    half = np.array(Image.fromarray(photo).resize((256, 256), Image.Resampling.LANCZOS))
+    files = {
+        "large.png": photo,
+        "half.png": half,
+        "banner.png": photo[:100, :400],
+        "sky.png": np.full((200, 200, 3), (90, 160, 250), np.uint8),
+        "other.png": skimage.data.chelsea(),
+    }
+    for name, pixels in files.items():
+        write_bytes(f"{folder}/{name}", encode_png(pixels))
+    out = tmp_path / "photos.index"
+    assert index([str(folder)]) == 0
+    assert quarantine(out) == {}
+    assert index([str(folder), "--max-aspect", "3", "--min-detail", "0.1", "--near-duplicates", "4"]) == 0
+    wrong = {"banner.png": "too-narrow", "half.png": "near-duplicate", "sky.png": "no-detail"}
+    assert quarantine(out) == wrong
+    parts = set((out / "parts").iterdir())
+    assert index([str(folder), "--max-aspect", "3", "--min-detail", "0.1", "--near-duplicates", "0"]) == 0
+    assert set((out / "parts").iterdir()) == parts  # the distance is no part of what was scanned
+    with pytest.raises(UserError, match="--near-duplicates must be from 0 to 6 bits, got 7"):
+        index([str(folder), "--near-duplicates", "7"])
 
 
 def test_pairs_are_checked_and_their_scale_is_told(tmp_path: Path, photos: dict[str, bytes]) -> None:

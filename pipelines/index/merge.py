@@ -1,0 +1,124 @@
+"""Writes an index from the results of a scan, in memory of some two hundred bytes a picture.
+
+The parts are read twice: first the columns by which pictures are compared with each other, then all of them,
+some at a time, to be written.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ctmsr.errors import DataError
+
+from ..data.keys import BATCH_ROWS, index_file, keys_file, write_keys
+from ..data.pictures import INDEX_FORMAT, SUMMARY_FILE
+from ..infra.storage import open_uri, read_bytes, write_bytes
+from .compare import COLUMNS, Verdicts, compare
+from .scan import SCHEMA, Settings
+
+_READ_THREADS = 8
+_PARTS_AT_ONCE = 64
+_PLAIN = r"^[ !#-\[\]-~]*$"
+"""Texts that JSON writes as they are."""
+
+
+def merge(parts: list[str], settings: Settings, out: str, num_files: int) -> dict[str, Any]:
+    """Writes the index; returns its summary.
+
+    Args:
+        parts: Paths of the results of a scan, in order of key.
+        settings: Of the scan.
+        out: URI of the index.
+        num_files: Files listed, pictures or not.
+
+    Raises:
+        DataError: No picture is usable, or the store fails.
+    """
+    verdicts = compare(_tables(parts, out, COLUMNS), settings.near_duplicates)
+    num_rows = len(verdicts.why)
+    if sum(verdicts.reasons.values()) == num_rows:
+        raise DataError(
+            f"none of the {num_rows} pictures under {settings.uri} are usable: {verdicts.reasons}."
+        )
+    names = ["key", "lq_key"] if settings.lq_uri else ["key"]
+    with TemporaryDirectory() as folder:
+        index, keys, bad = (Path(folder) / name for name in ("index", "keys", "bad"))
+        version, totals = _write_rows(_tables(parts, out), verdicts, settings, index, bad)
+        write_keys(pq.ParquetFile(index).iter_batches(BATCH_ROWS, columns=names), names, keys)
+        for path, name in (
+            (index, index_file(version)),
+            (keys, keys_file(version)),
+            (bad, f"quarantine-{version}.parquet"),
+        ):
+            write_bytes(f"{out}/{name}", memoryview(pa.memory_map(str(path)).read_buffer()))
+    summary = vars(settings) | {
+        "format": INDEX_FORMAT,
+        "version": version,
+        "scale": verdicts.scale or None,
+        **totals,
+        "quarantined": verdicts.reasons,
+        "ignored": num_files - num_rows,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_bytes(f"{out}/{SUMMARY_FILE}", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def _tables(parts: list[str], out: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of all parts, in order, some parts at a time."""
+    file_system, _ = open_uri(out)
+
+    def read(part: str) -> pa.Table:
+        file = pa.BufferReader(read_bytes(file_system, part))
+        return pq.read_table(file, schema=SCHEMA, columns=columns)
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for start in range(0, len(parts), _PARTS_AT_ONCE):
+            some = pool.map(read, parts[start : start + _PARTS_AT_ONCE])
+            yield pa.concat_tables(some).combine_chunks()
+
+
+def _write_rows(
+    tables: Iterator[pa.Table], verdicts: Verdicts, settings: Settings, index: Path, bad: Path
+) -> tuple[str, Counter[str]]:
+    """Writes the usable rows and the others; returns the version, and sums over the usable ones."""
+    pair = ["lq_key", "lq_sha256"] if settings.lq_uri else []
+    unused = {"status", "detail", "look", *([] if pair else ["lq_key", "lq_sha256", "scale"])}
+    schema = pa.schema([one for one in SCHEMA if one.name not in unused])
+    digest = hashlib.blake2b(digest_size=8)
+    totals: Counter[str] = Counter()
+    row = 0
+    with (
+        pq.ParquetWriter(index, schema, compression="zstd") as good_rows,
+        pq.ParquetWriter(bad, SCHEMA, compression="zstd") as bad_rows,
+    ):
+        for table in tables:
+            table = verdicts.apply(table, row)
+            row += len(table)
+            is_good = pc.equal(table["status"], "ok")
+            good = table.filter(is_good)
+            good_rows.write_table(good.select(schema.names))
+            bad_rows.write_table(table.filter(pc.invert(is_good)))
+            digest.update(_json_lines(good.select(["key", "sha256", *pair])))
+            totals["pictures"] += len(good)
+            totals["bytes"] += pc.sum(good["size"]).as_py() or 0
+            totals["pixels"] += pc.sum(pc.multiply(good["width"].cast("int64"), good["height"])).as_py() or 0
+    return digest.hexdigest(), totals
+
+
+def _json_lines(table: pa.Table) -> bytes:
+    """Each row as a JSON list of texts, one after the other: what the version of an index is a hash of."""
+    rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+    if all(pc.all(pc.match_substring_regex(column, _PLAIN)).as_py() for column in table.columns):
+        return "".join(['["' + '", "'.join(row) + '"]' for row in rows]).encode()  # in a fifth of the time
+    return "".join([json.dumps(row) for row in rows]).encode()

@@ -36,6 +36,8 @@ class DataConfig:
     """Order of the training pictures; 1 is that of runs begun before there was a choice."""
     random_flip: bool = False
     """Mirror half of the training crops left to right; the published run does not."""
+    crops_per_picture: int = 1
+    """Consecutive samples from one picture, fetched and decoded once; more make batches less diverse."""
     eval_crop_size: int = 256
     """Side of the central crop of a held-out picture to evaluate, in HR pixels; a multiple of the scale."""
     eval_draws: int = 1
@@ -55,7 +57,8 @@ class DataConfig:
             0 <= self.max_unreadable < 1,
             f"data.max_unreadable must be at least 0 and below 1, got {self.max_unreadable}.",
         )
-        check(self.eval_draws >= 1, f"data.eval_draws must be at least 1, got {self.eval_draws}.")
+        for name in ("crops_per_picture", "eval_draws"):
+            check(getattr(self, name) >= 1, f"data.{name} must be at least 1, got {getattr(self, name)}.")
         check(
             self.eval_crop_size >= 32, f"data.eval_crop_size must be at least 32, got {self.eval_crop_size}."
         )

@@ -50,10 +50,11 @@ class SampleOrder(Datasource):
         global_batch_size: int,
         num_workers: int,
         version: OrderVersion = 2,
+        crops_per_picture: int = 1,
     ) -> None:
         super().__init__()
         self._pictures, self._seed, self._version = pictures, seed, version
-        self._skip = skip
+        self._skip, self._crops_per_picture = skip, crops_per_picture
         self._num_steps = max(0, total - skip) // global_batch_size
         self._global_batch_size = global_batch_size
         self._num_workers = num_workers
@@ -84,7 +85,7 @@ class SampleOrder(Datasource):
 
     def _task(self, samples: np.ndarray) -> ReadTask:
         num_pictures = len(self._pictures)
-        epochs, positions = np.divmod(samples, num_pictures)
+        epochs, positions = np.divmod(samples // self._crops_per_picture, num_pictures)
         picture = np.zeros_like(samples)  # empty rows keep picture 0
         real = samples != NO_SAMPLE
         visited = _visited_v1 if self._version == 1 else permuted

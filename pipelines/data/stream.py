@@ -1,9 +1,10 @@
 """Streams pictures from storage as (hr, lq) pairs: Ray Data tasks fetch, decode, crop and degrade on demand.
 
 The picture, crop and degradation of a sample are a function of (seed, sample number) alone, independent of
-the number of workers, the block layout and restarts. Sample k belongs to epoch k // len(pictures), which
-visits every picture once, in an order of its own; a batch may span two epochs. At any step, the workers
-together have consumed a prefix of the samples, so a single number in a checkpoint records the position.
+the number of workers, the block layout and restarts. With c crops per picture, sample k belongs to epoch
+k // (c * len(pictures)), which visits every picture once, for c consecutive samples, in an order of its own;
+a batch may span two epochs. At any step, the workers together have consumed a prefix of the samples, so a
+single number in a checkpoint records the position.
 """
 
 from collections import defaultdict
@@ -53,6 +54,8 @@ class _SampleSpec:
     """Whether crops come from the centre instead of a random position."""
     flips: bool = False
     """Whether half of the crops are mirrored."""
+    crops_per_picture: int = 1
+    """Consecutive samples that share a picture."""
 
 
 def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
@@ -91,6 +94,7 @@ def train_stream(
     num_workers: int,
     flips: bool = False,
     order_version: OrderVersion = 2,
+    crops_per_picture: int = 1,
 ) -> ray.data.Dataset:
     """Samples `skip` to `total` of an endless sequence, to be split among `num_workers` with equal=True.
 
@@ -115,6 +119,7 @@ def train_stream(
         num_workers: Number of consumers; it changes how samples are grouped, not which ones come.
         flips: Whether half of the crops are mirrored left to right; the seed decides which.
         order_version: See `SampleOrder`.
+        crops_per_picture: Consecutive samples that are crops of one picture; a block decodes it once.
 
     Returns:
         Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
@@ -122,10 +127,20 @@ def train_stream(
         that is missing, undecodable or too small yields a black row with the problem, so that all other rows
         keep their positions. A failing store raises DataError in the task.
     """
-    order = SampleOrder(pictures, seed, skip, total, global_batch_size, num_workers, order_version)
+    counts = skip, total, global_batch_size, num_workers
+    order = SampleOrder(pictures, seed, *counts, order_version, crops_per_picture)
     blocks = ray.data.read_datasource(order, override_num_blocks=max(1, len(order.get_read_tasks(1))))
-    places = pictures.folder, pictures.lq_folder
-    spec = _SampleSpec(*places, hr_crop_size, scale, degradation, seed, is_centered=False, flips=flips)
+    spec = _SampleSpec(
+        pictures.folder,
+        pictures.lq_folder,
+        hr_crop_size,
+        scale,
+        degradation,
+        seed,
+        is_centered=False,
+        flips=flips,
+        crops_per_picture=crops_per_picture,
+    )
     return configured(blocks.map_batches(partial(_train_rows, spec=spec), batch_size=None))
 
 
@@ -244,7 +259,8 @@ def _fill(
         crops: tuple[np.ndarray, ...]
         hr_u8, *lq_u8 = (decode(file, name=path) for path, file in files)
         for row in where:
-            draw = partial(sample_rng, spec.seed, int(epochs[row]), key)
+            crop = int(made["sample"][row]) % spec.crops_per_picture
+            draw = partial(_sample_rng, spec.seed, int(epochs[row]), key, crop)
             if lq_u8:
                 rng = None if spec.is_centered else draw("crop")
                 crops = paired_crop(hr_u8, lq_u8[0], size, scale=spec.scale, rng=rng, name=name)
@@ -260,6 +276,11 @@ def _fill(
             )
     except DataError as error:
         made["problem"][where] = str(error)
+
+
+def _sample_rng(seed: int, epoch: int, key: str, crop: int, purpose: str) -> np.random.Generator:
+    """That of a picture for its first crop, which has the same bits whatever the number of crops."""
+    return sample_rng(seed, epoch, key, f"{purpose} {crop}" if crop else purpose)
 
 
 _open = lru_cache(maxsize=4)(open_uri)

@@ -185,6 +185,7 @@ def build_trainer(
             global_batch_size=size,
             flips=config.data.random_flip,
             order_version=config.data.order_version,
+            crops_per_picture=config.data.crops_per_picture,
         )
 
     def held_out() -> ray.data.Dataset:

@@ -22,7 +22,7 @@ NUM_PICTURES = 7
 
 
 def consume(
-    pictures: Pictures, seed: int, version: OrderVersion, runs: list[tuple[int, int]], batch: int
+    pictures: Pictures, seed: int, version: OrderVersion, runs: list[tuple[int, int]], batch: int, crops: int
 ) -> list[list[str]]:
     """Keys by step, as workers take them that are killed and go on.
 
@@ -32,11 +32,12 @@ def consume(
         version: Of the order.
         runs: (steps until the run is killed, workers), one after the other.
         batch: Samples of a step, over all workers.
+        crops: Consecutive samples of a picture.
     """
     steps: list[list[str]] = []
     total = batch * sum(num_steps for num_steps, _ in runs)
     for num_steps, num_workers in runs:
-        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers, version)
+        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers, version, crops)
         part = rows_per_worker(batch, num_workers)
         lines: list[list[tuple[int, str]]] = [[] for _ in range(num_workers)]
         execution = 0
@@ -63,17 +64,20 @@ def consume(
     version=st.sampled_from([1, 2]),
     batch=st.integers(7, 72),
     runs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 7)), min_size=1, max_size=4),
+    crops=st.sampled_from([1, 1, 2, 5]),
 )
 def test_every_picture_comes_once_an_epoch_whatever_is_killed(
-    num_pictures: int, seed: int, version: OrderVersion, batch: int, runs: list[tuple[int, int]]
+    num_pictures: int, seed: int, version: OrderVersion, batch: int, runs: list[tuple[int, int]], crops: int
 ) -> None:
     names = pa.array([f"{i}.png" for i in range(num_pictures)], pa.large_string())
     pictures = Pictures("p", ListedKeys(pa.table({"key": names})), "p", "v")
-    steps = consume(pictures, seed, version, runs, batch=batch)
+    steps = consume(pictures, seed, version, runs, batch, crops)
     keys = [key for step in steps for key in step]
-    whole = consume(pictures, seed, version, [(len(steps), 1)], batch=batch)
+    whole = consume(pictures, seed, version, [(len(steps), 1)], batch, crops)
     assert [sorted(step) for step in steps] == [sorted(step) for step in whole]  # the same images a step
-    keys = [key for step in whole for key in step]
+    samples = [key for step in whole for key in step]
+    keys = samples[::crops]
+    assert samples == [key for key in keys for _ in range(crops)][: len(samples)]
     epochs = [keys[start : start + num_pictures] for start in range(0, len(keys), num_pictures)]
     for epoch in epochs:
         assert max(Counter(epoch).values()) == 1
@@ -95,17 +99,29 @@ def test_a_sample_is_the_same_bytes_in_any_block(folder: Path, data: st.DataObje
     pictures = find_pictures(str(folder))
     samples = data.draw(st.lists(st.integers(0, 5 * NUM_PICTURES), min_size=1, max_size=12, unique=True))
     cut = data.draw(st.integers(0, len(samples)))
-    together = make(pictures, samples)
-    apart = [make(pictures, part) for part in (samples[cut:], samples[:cut]) if part]
+    crops = data.draw(st.integers(1, 3))
+    together = make(pictures, samples, crops)
+    apart = [make(pictures, part, crops) for part in (samples[cut:], samples[:cut]) if part]
     found = {number: sample for part in apart for number, sample in part.items()}
     assert found == together
 
 
-def make(pictures: Pictures, samples: list[int]) -> dict[int, tuple[str, bytes, bytes]]:
+def test_crops_of_one_picture_differ_and_the_first_is_that_of_a_stream_of_single_crops(folder: Path) -> None:
+    pictures = find_pictures(str(folder))
+    single = make(pictures, list(range(2 * NUM_PICTURES)))
+    triple = make(pictures, list(range(2 * 3 * NUM_PICTURES)), crops=3)
+    assert len({sample[1:] for sample in triple.values()}) == len(triple)
+    assert {number: triple[3 * number] for number in single} == single
+
+
+def make(pictures: Pictures, samples: list[int], crops: int = 1) -> dict[int, tuple[str, bytes, bytes]]:
     """Key, hr and lq by sample number, made in one task."""
-    (block,) = SampleOrder(pictures, 3, 0, 0, 1, 1)._task(np.array(samples)).read_fn()
+    order = SampleOrder(pictures, 3, 0, 0, 1, 1, crops_per_picture=crops)
+    (block,) = order._task(np.array(samples)).read_fn()
     rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
-    spec = _SampleSpec(pictures.folder, "", 32, 4, DegradationConfig(), 3, False)
+    spec = _SampleSpec(
+        pictures.folder, "", 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
+    )
     made = _train_rows(rows, spec=spec)
     return {
         int(number): (str(key), hr.tobytes(), lq.tobytes())

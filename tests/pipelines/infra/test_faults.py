@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import pytest
 
 from ctmsr.errors import DataError
+from pipelines.infra.hedging import Hedge
 from pipelines.infra.listing import list_images
 from pipelines.infra.storage import open_uri, read_bytes, read_range, write_bytes
 from tests.conftest import S3
 from tests.support.malformed import good
 from tests.support.repository import ROOT
-from tests.support.servers.fault_proxy import FaultProxy, fault_proxy
+from tests.support.servers.fault_proxy import STALL_S, FaultProxy, fault_proxy
 
 FILES = {f"{i:02d}.png": bytes([i]) * (20_000 + i) for i in range(30)}
 
@@ -76,6 +77,23 @@ def test_a_stalled_answer_is_waited_for(s3: S3, bucket: str) -> None:
         file_system, root = open_uri(bucket)
         assert {key: read_bytes(file_system, f"{root}/{key}") for key in list(FILES)[:12]}
     assert proxy.counts["stall"] >= 1
+
+
+def test_a_stalled_answer_is_not_waited_for_once_usual_times_are_known(
+    s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.infra.s3._hedge", Hedge())  # that of this process knows other tests' times
+    with failing(s3) as proxy:
+        file_system, root = open_uri(bucket)
+        for key in FILES:
+            read_bytes(file_system, f"{root}/{key}")
+        num_before = proxy.counts.total()
+        proxy.next = ["stall"]
+        started = time.monotonic()
+        assert read_bytes(file_system, f"{root}/07.png") == FILES["07.png"]
+        assert time.monotonic() - started < 0.75 * STALL_S
+        assert proxy.counts["stall"] == 1
+        assert proxy.counts.total() == num_before + 2
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ class FaultProxy(ThreadingHTTPServer):
         self.upstream = urlsplit(upstream).netloc
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.counts: Counter[str] = Counter()
-        """Requests by fault; "ok" means none, and "gone" that the client went away."""
+        """Requests by fault; "ok" means none, and "gone" that an end went away."""
+        self.next: list[str] = []
+        """Faults of the next requests, before shares count again."""
         self._shares, self._draw, self._lock = dict(shares), random.Random(seed), threading.Lock()
 
     def change(self, shares: Mapping[str, float]) -> None:
@@ -39,8 +41,8 @@ class FaultProxy(ThreadingHTTPServer):
             self._shares = dict(shares)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Counts clients killed in the middle of a request; prints other errors."""
-        if isinstance(sys.exception(), BrokenPipeError | ConnectionResetError | ConnectionAbortedError):
+        """Counts clients, or stores, that go away in the middle of a request; prints other errors."""
+        if isinstance(sys.exception(), ConnectionError):
             self.counts["gone"] += 1
         else:
             super().handle_error(request, client_address)  # type: ignore[arg-type]
@@ -48,6 +50,9 @@ class FaultProxy(ThreadingHTTPServer):
     def choose(self) -> str:
         """What to do to the next request."""
         with self._lock:
+            if self.next:
+                self.counts[self.next[0]] += 1
+                return self.next.pop(0)
             draw, kind = self._draw.random(), "ok"
             for name, share in self._shares.items():
                 if draw < share:

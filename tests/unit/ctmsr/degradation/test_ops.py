@@ -161,6 +161,18 @@ def test_poisson_counts_follow_their_distribution(level: int, peak: int) -> None
     assert np.abs(actual - expected).max() < 1.95 / math.sqrt(num_draws)  # Kolmogorov-Smirnov at 0.001
 
 
+@pytest.mark.parametrize("peak", [1, 16, 256])
+def test_poisson_counts_are_the_first_whose_probability_is_above_the_draw(peak: int) -> None:
+    levels = np.random.default_rng(1).integers(0, 256, 20_000, np.uint8)
+    counts = ops._draw_poisson(levels, peak, np.random.default_rng(0))
+    draws = np.random.default_rng(0).random(len(levels), dtype=np.float32)
+    cdf, _ = ops._poisson_tables(peak)
+    expected = [
+        np.searchsorted(cdf[level], draw, side="right") for level, draw in zip(levels, draws, strict=True)
+    ]
+    np.testing.assert_array_equal(counts, expected)
+
+
 def test_poisson_grey_noise_is_shared_and_follows_the_luma() -> None:
     image = np.full((200, 200, 3), ops.unit_from_u8(np.array([100, 150, 200], np.uint8)), np.float32)
     noise = ops.add_poisson_noise(image, 0.02, is_grey=True, rng=np.random.default_rng(0)) - image

@@ -30,7 +30,7 @@ from ctmsr.model.inference import InferenceConfig, upscale
 from ..config.run_config import RegisterConfig
 from ..infra.package import licence
 from ..tracking.evaluations import PictureSet, log_evaluation
-from ..tracking.models import load_from
+from ..tracking.models import FORMAT, MODEL_FORMAT, load_from
 from ..tracking.runs import (
     MAX_PARAM_CHARS,
     answered,
@@ -148,7 +148,14 @@ def _labels(
     """What a version's tags say of its origin and scores."""
     origin = {f"lineage.{name}": text for name, text in lineage(manifest).items()}
     achieved = {f"metric.{name}": repr(float(value)) for name, value in metrics.items()}
-    return {**origin, **achieved, **tags, "licence": rule.licence, "proven": "true"}
+    return {
+        **origin,
+        **achieved,
+        **tags,
+        "licence": rule.licence,
+        "proven": "true",
+        FORMAT: str(MODEL_FORMAT),
+    }
 
 
 def _run_of(

@@ -72,11 +72,10 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
     assert told.data.metrics["val_lpips"] == pytest.approx(trained.outcome.metrics["lpips"])
     assert told.data.metrics["images_per_s"] > 0
     assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
-    sets = sets_of(told)
-    assert {name: sets[name].digest for name in ("training", "validation")} == {
-        "training": told.data.tags["train_version"],
-        "validation": told.data.tags["val_version"],
-    }
+    # The same pictures are held out here, so there is one set.
+    assert (
+        sets_of(told)["training"].digest == told.data.tags["train_version"] == told.data.tags["val_version"]
+    )
 
 
 def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:

@@ -93,6 +93,8 @@ class Evaluation:
     """One per picture: its key, its scores by name, and those of bicubic as bicubic_*."""
     grid_u8: np.ndarray
     """LR | bicubic | ours | HR, one row per picture, uint8 HWC."""
+    samples_u8: tuple[np.ndarray, ...] = ()
+    """The rows of the grid, each of its own size; those of the first few of `rows`."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -146,7 +148,7 @@ def score(
         table.append(scores)
         if len(pictures) < MAX_GRID_ROWS:
             pictures.append(side_by_side(hr_u8, lq_u8, images[""]))
-    return Evaluation(table, stack(pictures))
+    return Evaluation(table, stack(pictures), tuple(pictures))
 
 
 def bicubic(lq_u8: np.ndarray, scale: int) -> np.ndarray:

@@ -150,6 +150,19 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Consis
     return model.eval().to(device), manifest
 
 
+def check_format(name: str, manifest: Mapping[str, Any]) -> None:
+    """Checks that this release reads checkpoints with this checkpoint.json.
+
+    Raises:
+        CheckpointError: A newer release wrote it.
+    """
+    if (version := int(manifest["format_version"])) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {name} has format {version}, and this release reads up to {FORMAT_VERSION}: it was "
+            "made by a newer release. Upgrade this one."
+        )
+
+
 def load_train_state(folder: Path) -> dict[str, Tensor]:
     """The verified tensors that were passed to `save` as `train_state`, on the CPU.
 
@@ -185,12 +198,7 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
 def _parse_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads((folder / MANIFEST_FILE).read_bytes())
-        version = int(data["format_version"])
-        if version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"checkpoint {folder} has format version {version}, but this program reads up to "
-                f"{FORMAT_VERSION}. Update the program."
-            )
+        check_format(str(folder), data)
         config = dict(data["config"])
         # Checkpoints from before there were two versions of the noise mean version 1.
         config["inference"] = {"noise_version": 1} | config.get("inference", {})

@@ -1,5 +1,7 @@
 """Held-out sets to evaluate on: HR pictures that are degraded, or LR pictures with or without a reference."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ctmsr.config import check
+from ctmsr.config import check, to_dict
 from ctmsr.errors import DataError
 from ctmsr.image import decode
 
@@ -95,6 +97,25 @@ class HeldOut:
             scale=scale,
             degradation=trained.degradation,
         ).iter_rows()
+
+    def version(self, trained: RunConfig) -> str:
+        """Hash of the pictures, and of how they are cropped and, for the config `trained`, degraded."""
+        d = self.data
+        if self.lq:
+            images = [self.lq, *([self.hr] if self.hr else [])]
+            parts: dict[str, Any] = {
+                "pictures": [[f"{file.key} {file.size}" for file in one.files] for one in images],
+                "crop": d.eval_crop_border,
+            }
+        else:
+            assert self.pictures is not None
+            parts = {
+                "pictures": self.pictures.version,
+                "crop": [d.eval_crop_size, d.eval_draws, d.eval_crop_border],
+                "scale": trained.network.scale,
+                "degradation": to_dict(trained.degradation),
+            }
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def protocol(self) -> str:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from ..data.held_out import find_held_out
     from ..infra.checkpoints import find
     from ..infra.cluster import ray_cluster
-    from .run import evaluate, write_report
+    from .run import evaluate, log_scores, write_report
 
     checkpoint_uri = arguments.checkpoint or find(config.run_uri).uri
     held_out = find_held_out(config.data)
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table({"ours": evaluation}))
     print(f"protocol: {held_out.protocol}")
     print(f"written: {write_report(config, checkpoint_uri, held_out, evaluation)}")
+    log_scores(config, checkpoint_uri, held_out, evaluation)
     return 0
 
 

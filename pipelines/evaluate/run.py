@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ import ray
 from torch import Tensor
 
 from ctmsr.config import check, from_dict, override
-from ctmsr.errors import UserError
+from ctmsr.errors import TrackingError, UserError
 from ctmsr.image import encode_png
 from ctmsr.metrics.dists import load_dists
 from ctmsr.metrics.perceptual import load_lpips
@@ -22,9 +23,13 @@ from ctmsr.model.network import ConsistencyModel
 
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut
-from ..infra.checkpoints import fetched
+from ..infra.checkpoints import complete, fetched
 from ..infra.exit_status import root_cause
-from ..infra.storage import write_bytes
+from ..infra.storage import open_uri, write_bytes
+from ..tracking.evaluations import PictureSet, log_evaluation
+from ..tracking.runs import connect, find_run, is_there, preflight, tracking_errors
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -99,3 +104,31 @@ def write_report(config: RunConfig, checkpoint_uri: str, held_out: HeldOut, eval
     write_bytes(f"{folder}/scores.csv", lines.getvalue().encode())
     write_bytes(f"{folder}/grid.png", encode_png(evaluation.grid_u8))
     return folder
+
+
+def log_scores(config: RunConfig, checkpoint_uri: str, held_out: HeldOut, evaluation: Evaluation) -> None:
+    """Adds the scores to the MLflow run that trained the checkpoint, if there is one at config.tracking_uri.
+
+    The report is complete without it: if MLflow fails, that is only a warning.
+    """
+    folder, _, name = checkpoint_uri.rstrip("/").rpartition("/")
+    if not is_there(config.tracking_uri) or not folder:
+        return
+    stored = next((one for one in complete(folder) if one.uri.endswith(f"/{name}")), None)
+    if stored is None:  # it is no run's: converted, or exported
+        return
+    storage = folder if "://" in folder else open_uri(folder)[1]
+    uri = config.data.test_lq_uri or config.data.test_uri
+    pictures = PictureSet(uri, held_out.version(from_dict(RunConfig, stored.config)), "evaluation")
+    try:
+        tracking_uri = preflight(config.tracking_uri)
+        with tracking_errors("the scores are not in MLflow"):
+            client = connect(tracking_uri)
+            experiment = client.get_experiment_by_name(config.experiment)
+            run_id = (
+                find_run(tracking_uri, experiment.experiment_id, {"storage": storage}) if experiment else None
+            )
+            if run_id:
+                log_evaluation(client, run_id, evaluation, pictures, step=stored.step, prefix="test_")
+    except TrackingError as error:
+        logger.warning("%s", error)

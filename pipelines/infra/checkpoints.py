@@ -178,6 +178,7 @@ def complete(run_uri: str) -> Iterator[Stored]:
 
     Raises:
         StoreError: The store denies access or does not respond.
+        CheckpointError: A newer release wrote one.
     """
     file_system, root = open_uri(run_uri)
     for folder, sizes in _folders(run_uri).items():
@@ -190,5 +191,6 @@ def complete(run_uri: str) -> Iterator[Stored]:
                 continue  # deleted since it was listed
             raise
         manifest = json.loads(data)
+        checkpoint.check_format(f"{run_uri.rstrip('/')}/{folder}", manifest)
         if all(sizes.get(name) == entry["bytes"] for name, entry in manifest["files"].items()):
             yield Stored(f"{run_uri.rstrip('/')}/{folder}", manifest["config"], manifest["meta"])

@@ -1,14 +1,11 @@
 """Scores of registered models and of bicubic on one pinned set of pictures: what a promotion compares."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
 
-from ctmsr.config import to_dict
 from ctmsr.errors import UserError
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import Evaluation, score
@@ -32,17 +29,14 @@ class Comparison:
     held_out: HeldOut
 
     @property
+    def uri(self) -> str:
+        """Of the pictures."""
+        return self.held_out.data.test_uri
+
+    @property
     def set_version(self) -> str:
         """Hash of the pictures, and of how they are cropped and degraded."""
-        data, pictures = self.config.data, self.held_out.pictures
-        assert pictures is not None
-        parts = {
-            "pictures": pictures.version,
-            "crop": [data.eval_crop_size, data.eval_draws, data.eval_crop_border],
-            "scale": self.config.network.scale,
-            "degradation": to_dict(self.config.degradation),
-        }
-        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return self.held_out.version(self.config)
 
     @property
     def protocol(self) -> str:

@@ -41,6 +41,7 @@ from ctmsr.errors import TrackingError
 from ctmsr.metrics.scoring import METRICS, REFERENCE_METRICS
 
 from ..config.run_config import RegisterConfig
+from ..tracking.models import check_format
 from ..tracking.runs import answered, connect, tracking_errors
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -282,13 +283,19 @@ def rollback(tracking_uri: str, model_name: str) -> tuple[list[int], int]:
 
 
 def _versions(client: MlflowClient, model_name: str) -> dict[int, dict[str, str]]:
-    """Tags by version number."""
+    """Tags by version number.
+
+    Raises:
+        TrackingError: A newer release made one, which may follow other rules: nothing is decided.
+    """
     search = partial(client.search_model_versions, f"name='{model_name}'", order_by=["version_number ASC"])
     found: dict[int, dict[str, str]] = {}
     token = None
     while True:
         page = answered(partial(search, page_token=token))
-        found |= {int(version.version): dict(version.tags) for version in page}
+        for version in page:
+            check_format(f"models:/{model_name}/{version.version}", version.tags)
+            found[int(version.version)] = dict(version.tags)
         token = page.token
         if not token:
             return found

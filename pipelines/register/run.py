@@ -18,7 +18,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import ctmsr
-from ctmsr.config import from_dict
+from ctmsr.config import flatten, from_dict
 from ctmsr.errors import TrackingError
 from ctmsr.image import encode_png
 from ctmsr.metrics.scoring import Evaluation
@@ -29,8 +29,16 @@ from ctmsr.model.inference import InferenceConfig, upscale
 
 from ..config.run_config import RegisterConfig
 from ..infra.package import licence
-from ..tracking.models import load_from
-from ..tracking.runs import answered, connect, ensure_experiment, tracked_run, tracking_errors
+from ..tracking.evaluations import PictureSet, log_evaluation
+from ..tracking.models import FORMAT, MODEL_FORMAT, load_from
+from ..tracking.runs import (
+    MAX_PARAM_CHARS,
+    answered,
+    connect,
+    ensure_experiment,
+    tracked_run,
+    tracking_errors,
+)
 from .model_card import SAMPLE_FILE, lineage, model_card, with_sample
 from .promotion import CHAMPION, RISES, Decision, Measured, decision_of, record, settle
 
@@ -38,12 +46,16 @@ MODEL_CODE = Path(__file__).with_name("registered_model.py")
 PACKAGE = Path(ctmsr.__file__).parent
 REQUIREMENTS = ("mlflow-skinny", "numpy", "pandas", "pillow", "safetensors", "torch")
 """Of the model alone: mlflow.pyfunc needs pandas, but not the server and the databases of mlflow."""
+_COMPARED: tuple[str, ...] = ("network", "schedule", "loss")
+"""Sections of a config that MLflow shows as params of a model."""
 EXAMPLE_SHAPE = (1, 20, 28, 3)  # neither square nor a multiple of the window, so padding is tested too
 
 
 class Comparison(Protocol):
     """Scores models on the same pictures; `comparison.Comparison` is one implementation."""
 
+    @property
+    def uri(self) -> str: ...
     @property
     def set_version(self) -> str: ...
     @property
@@ -107,6 +119,12 @@ def register(
         with tracking_errors(cannot):
             _ensure_model(client, model_name)
             measured, evaluation = _compare(client, tracking_uri, model_name, logged, comparison)
+            if comparison and evaluation:
+                pictures = PictureSet(comparison.uri, comparison.set_version, "evaluation")
+                step = int(release.manifest.meta.get("step", 0))
+                log_evaluation(
+                    client, run_id, evaluation, pictures, step=step, prefix="val_", model_id=logged.model_id
+                )
             card = model_card(
                 model_name,
                 release.manifest,
@@ -130,7 +148,14 @@ def _labels(
     """What a version's tags say of its origin and scores."""
     origin = {f"lineage.{name}": text for name, text in lineage(manifest).items()}
     achieved = {f"metric.{name}": repr(float(value)) for name, value in metrics.items()}
-    return {**origin, **achieved, **tags, "licence": rule.licence, "proven": "true"}
+    return {
+        **origin,
+        **achieved,
+        **tags,
+        "licence": rule.licence,
+        "proven": "true",
+        FORMAT: str(MODEL_FORMAT),
+    }
 
 
 def _run_of(
@@ -160,7 +185,9 @@ def _upload(client: MlflowClient, name: str, run_id: str, release: _Release, scr
     pictures = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))])
     seed = ParamSchema([ParamSpec("seed", DataType.long, 0)])
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id)
+    logged = client.create_logged_model(
+        experiment_id, name=name, source_run_id=run_id, params=_settings(release.manifest)
+    )
     mlflow.pyfunc.save_model(
         scratch / "model",
         python_model=MODEL_CODE,
@@ -174,6 +201,13 @@ def _upload(client: MlflowClient, name: str, run_id: str, release: _Release, scr
     (scratch / "model" / "LICENSE").write_text(licence(), encoding="utf-8")
     client.log_model_artifacts(logged.model_id, str(scratch / "model"))
     return logged
+
+
+def _settings(manifest: Manifest) -> dict[str, str]:
+    """What models are compared by, in MLflow's list of models."""
+    config = {name: manifest.config.get(name, {}) for name in _COMPARED}
+    settings = {"step": manifest.meta.get("step", 0), **flatten(config)}
+    return {name: str(value)[:MAX_PARAM_CHARS] for name, value in settings.items()}
 
 
 def _requirements() -> list[str]:

@@ -7,7 +7,7 @@ registries that you trust.
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,9 @@ from .runs import connect, tracking_errors
 logger = logging.getLogger(__name__)
 CHECKPOINT = "artifacts/checkpoint"
 """Where the files of a version have the checkpoint."""
+FORMAT, MODEL_FORMAT = "format", 2
+"""Tag of a version with its format, and the newest that this release reads. Versions of 1, which have no tag,
+take pictures of 8 bits alone; since 2 `predict` is as `registered_model.py` documents it."""
 
 
 class NoSuchModelError(TrackingError):
@@ -85,7 +88,7 @@ def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
     """The version that `models:/name@alias` or `models:/name/version` currently names.
 
     Raises:
-        TrackingError: There is none; the message lists the existing ones.
+        TrackingError: There is none, and the message lists the existing ones; or a newer release made it.
         MlflowException: MLflow fails.
     """
     named = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
@@ -96,8 +99,9 @@ def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
     name, alias, version = named.groups()
     try:
         if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, version)
+            found = client.get_model_version_by_alias(name, alias)
+        else:
+            found = client.get_model_version(name, version)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
@@ -114,6 +118,21 @@ def named_version(client: MlflowClient, model_uri: str) -> ModelVersion:
         raise NoSuchModelError(
             f"{model_uri} is not in the registry at {where}. There are {known}."
         ) from error
+    check_format(f"models:/{name}/{found.version}", found.tags)
+    return found
+
+
+def check_format(name: str, tags: Mapping[str, str]) -> None:
+    """Checks that this release knows what a version with these tags is.
+
+    Raises:
+        TrackingError: It was made by a newer release.
+    """
+    if (found := int(tags.get(FORMAT, 1))) > MODEL_FORMAT:
+        raise TrackingError(
+            f"{name} has format {found}, and this release reads up to {MODEL_FORMAT}: it was made by a newer "
+            "release. Upgrade this one, or name an older version."
+        )
 
 
 @dataclass(frozen=True)
@@ -130,8 +149,8 @@ class Version:
     def load(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """Loads it as a function of a (height, width, 3) picture and a seed; runs the model's own code.
 
-        Pictures are uint8 or uint16, and so is the result. Models registered before 0.2 take uint8 only;
-        for them, uint16 is rounded to it, with a warning.
+        Pictures are uint8 or uint16, and so is the result. Models of format 1 take uint8 only; for them,
+        uint16 is rounded to it, with a warning.
 
         Raises:
             TrackingError: The model cannot be fetched or does not load.

@@ -141,6 +141,7 @@ def tracked_run(
     *,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
+    shown: Mapping[str, Any] | None = None,
     parent_run_id: str | None = None,
     run_id: str | None = None,
 ) -> Iterator[str]:
@@ -152,6 +153,7 @@ def tracked_run(
         run_name: Shown in MLflow.
         params: The resolved config, nested; logged as dotted parameters, truncated to MAX_PARAM_CHARS, and in
             full as config.json.
+        shown: Logged as parameters instead: what tells the trials of a search apart.
         tags: Anything to find the run by.
         parent_run_id: The search that this run is a trial of.
         run_id: An existing run to resume, which keeps its params; None creates a new one.
@@ -179,7 +181,7 @@ def tracked_run(
     try:
         with tracking_errors(cannot_start):
             if is_new:
-                _log_params(client, run_id, params)
+                _log_params(client, run_id, params if shown is None else shown)
             client.log_dict(run_id, dict(params), "config.json")
         yield run_id
         status = "FINISHED"
@@ -210,17 +212,25 @@ def find_run(tracking_uri: str, experiment_id: str, tags: Mapping[str, str]) -> 
 
 
 def finish_children(
-    tracking_uri: str, experiment_id: str, parent_run_id: str, failed: Callable[[str], bool]
+    tracking_uri: str,
+    experiment_id: str,
+    parent_run_id: str,
+    failed: Callable[[str], bool],
+    objectives: Mapping[str, tuple[float, int]],
 ) -> None:
     """Marks the runs below a parent as FINISHED, except those whose name `failed` accepts.
 
     A scheduler stops a trial by killing its process, which leaves its run RUNNING or FAILED, by chance.
+    `objectives`, each with its step, by name of the run, become the metric "objective", as of the parent.
     """
     client = connect(tracking_uri)
     try:
         for run in client.search_runs([experiment_id], f"tags.mlflow.parentRunId = '{parent_run_id}'"):
             if not failed(run.info.run_name):
                 client.set_terminated(run.info.run_id)
+            if run.info.run_name in objectives:
+                value, step = objectives[run.info.run_name]
+                client.log_metric(run.info.run_id, "objective", value, step=step)
     except (MlflowException, SQLAlchemyError) as error:
         logger.warning("MLflow shows a wrong status for stopped trials: %s", first_line(error))
 
@@ -305,6 +315,12 @@ def _refuse_login(tracking_uri: str) -> None:
             "checkpoints and MLflow. Set it to http(s)://host:port, and export MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD."
         )
+
+
+def is_there(tracking_uri: str) -> bool:
+    """Whether something was ever logged at an address: a server, or a sqlite file that exists."""
+    path = _sqlite_path(tracking_uri)
+    return path is None or path.exists()
 
 
 def _sqlite_path(tracking_uri: str) -> Path | None:

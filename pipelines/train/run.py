@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from ..infra.checkpoints import newest
 from ..infra.cluster import check_gpus
 from ..infra.progress import counted
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, write_bytes
+from ..tracking.evaluations import PictureSet, log_sets
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .leader import LIBRARIES
 from .retries import fit, steps_done
@@ -138,9 +139,17 @@ def start_over(config: RunConfig) -> None:
 
 @contextmanager
 def training_run(
-    config: RunConfig, inputs: Inputs, parent_run_id: str | None = None, *, is_new: bool = False
+    config: RunConfig,
+    inputs: Inputs,
+    parent_run_id: str | None = None,
+    *,
+    is_new: bool = False,
+    shown: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """The training's MLflow run for the duration of a `with` block; resumes its earlier one, if any."""
+    """The training's MLflow run for the duration of a `with` block; resumes its earlier one, if any.
+
+    `shown` are its params in MLflow, if they are not to be the whole config.
+    """
     experiment_id = ensure_experiment(inputs.tracking_uri, config.experiment)
     storage = config.run_uri if "://" in config.run_uri else open_uri(config.run_uri)[1]
     tags = {
@@ -158,10 +167,20 @@ def training_run(
         experiment_id,
         config.name,
         params=to_dict(config),
+        shown=shown,
         tags=tags,
         parent_run_id=parent_run_id,
         run_id=known,
     ) as run_id:
+        if known is None:
+            log_sets(
+                inputs.tracking_uri,
+                run_id,
+                [
+                    PictureSet(inputs.train.uri, inputs.train.version, "training"),
+                    PictureSet(inputs.val.uri, inputs.val.version, "validation"),
+                ],
+            )
         yield run_id
 
 

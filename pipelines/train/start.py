@@ -6,7 +6,7 @@ from typing import Any
 
 from ctmsr.config import check, from_dict, to_dict
 from ctmsr.errors import CheckpointError, ConfigError, DataError
-from ctmsr.model.checkpoint import MANIFEST_FILE
+from ctmsr.model.checkpoint import MANIFEST_FILE, check_format
 from ctmsr.model.network import NetworkConfig, described
 from ctmsr.training.transfer import Transfer, plan_transfer
 
@@ -43,6 +43,7 @@ def _network_of(uri: str) -> NetworkConfig:
     file_system, path = open_uri(f"{checkpoint_uri(uri)}/{MANIFEST_FILE}")
     try:
         manifest: dict[str, Any] = json.loads(read_bytes(file_system, path))
+        check_format(uri, manifest)
         return from_dict(NetworkConfig, manifest["config"]["network"], "network")
     except (DataError, ConfigError, ValueError, KeyError) as error:
         raise CheckpointError(f"init_uri {uri} is not a checkpoint: {error}") from error

@@ -94,7 +94,8 @@ def search(config: RunConfig, inputs: Inputs, progress: Queue, *, fresh: bool = 
     ) as run_id:
         plan = Plan(config)
         errors = _run_trials(plan, config, inputs, progress, run_id)
-        finish_children(inputs.tracking_uri, experiment_id, run_id, errors.__contains__)
+        objectives = {one.trial.name: (one.objective, one.step) for one in plan.ranking()}
+        finish_children(inputs.tracking_uri, experiment_id, run_id, errors.__contains__, objectives)
         found = _found(config, plan, errors)
         _store_report(found, inputs.tracking_uri, run_id)
     return found

@@ -64,7 +64,7 @@ def run_trial(
         _copy_checkpoint(f"{run.storage_uri}/{trial.parent}", trial.start_step, run.run_uri)
     point = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in trial.point.items())
     progress.put_nowait(f"{trial.name}: starting with {point}")
-    with training_run(run, inputs, parent_run_id) as run_id, _scores_reported(run.run_uri):
+    with training_run(run, inputs, parent_run_id, shown=trial.point) as run_id, _scores_reported(run.run_uri):
         fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress, is_trial=True)
 
 

@@ -150,8 +150,8 @@ def test_trials_are_children_of_the_search_in_mlflow(searched: Searched) -> None
     client = connect(searched.config.tracking_uri)
     for run in searched.children:
         one = next(one for one in searched.found.trials if one.trial.name == run.info.run_name)
-        for key, value in one.trial.point.items():
-            assert run.data.params[key] == str(value)
+        assert run.data.params == {key: str(value) for key, value in one.trial.point.items()}
+        assert run.data.metrics["objective"] == one.objective
         assert run.data.tags.keys() >= {"train_version", "val_version", "version.torch", "version.ray"}
         logged = {
             point.step: point.value for point in client.get_metric_history(run.info.run_id, "val_lpips")

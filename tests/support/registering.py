@@ -36,6 +36,8 @@ WRITES = (
     "create_logged_model",
     "log_model_artifacts",
     "create_registered_model",
+    "log_inputs",
+    "log_batch",
     "log_model_artifact",
     "finalize_logged_model",
     "create_model_version",
@@ -101,6 +103,7 @@ class StatedComparison:
     """
 
     set_version: str = "a"
+    uri: str = "s3://bucket/val"
     protocol: str = "as stated"
 
     def score(self, tracking_uri: str, sources: Sequence[str]) -> list[Evaluation]:

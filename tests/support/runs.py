@@ -8,7 +8,7 @@ from pathlib import Path
 import ray
 import torch
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Dataset, Run
 from ray.util.state import list_actors
 
 from ctmsr.config import from_dict, override, to_dict
@@ -99,6 +99,12 @@ def run_named(name: str, config: RunConfig) -> Run:
 
 def steps_of(client: MlflowClient, run: Run, metric: str) -> list[int]:
     return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def sets_of(run: Run) -> dict[str, Dataset]:
+    """The sets of pictures that an MLflow run names, by what they are for."""
+    assert run.inputs
+    return {used.tags[0].value: used.dataset for used in run.inputs.dataset_inputs}
 
 
 def files_of(checkpoint_uri: str) -> dict[str, dict[str, object]]:

@@ -39,6 +39,7 @@ from tests.support.runs import (
     run_config,
     run_named,
     run_to_end,
+    sets_of,
     steps_of,
 )
 
@@ -71,6 +72,10 @@ def test_a_run_tells_mlflow_how_it_went(trained: Trained) -> None:
     assert told.data.metrics["val_lpips"] == pytest.approx(trained.outcome.metrics["lpips"])
     assert told.data.metrics["images_per_s"] > 0
     assert any("val" in file.path for file in client.list_artifacts(told.info.run_id, "images"))
+    # The same pictures are held out here, so there is one set.
+    assert (
+        sets_of(told)["training"].digest == told.data.tags["train_version"] == told.data.tags["val_version"]
+    )
 
 
 def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> None:
@@ -103,6 +108,10 @@ def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest
     assert evaluation.means.keys() - trained.outcome.metrics.keys() == {"dists", "bicubic_dists"}
     own = {name: evaluation.means[name] for name in trained.outcome.metrics}
     assert own == pytest.approx(trained.outcome.metrics, abs=1e-4)
+    told = connect(trained.config.tracking_uri).get_run(trained.outcome.run_id)
+    assert told.data.metrics["test_lpips"] == pytest.approx(evaluation.means["lpips"], abs=1e-4)
+    expected = find_held_out(trained.config.data).version(trained.config)
+    assert sets_of(told)["evaluation"].digest == expected
 
 
 def test_register_releases_the_bytes_of_the_checkpoint(

@@ -30,7 +30,7 @@ def postgres() -> Iterator[str]:
             as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
             for path in (root, root / "password"):
                 shutil.chown(path, "postgres", "postgres")
-        tools, port = _postgres_tools(), free_port()
+        tools, port = postgres_tools(), free_port()
         initdb: list[str | Path] = [tools / "initdb", "-D", root / "data", "-U", _USER, "--no-sync"]
         initdb += ["--auth=scram-sha-256", "--pwfile", root / "password"]
         subprocess.run(as_user + initdb, check=True, cwd=root, stdout=subprocess.DEVNULL)
@@ -47,7 +47,7 @@ def postgres() -> Iterator[str]:
             process.wait(60)
 
 
-def _postgres_tools() -> Path:
+def postgres_tools() -> Path:
     """The folder with initdb and postgres; Debian keeps it off the PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
     on_path = shutil.which("initdb")

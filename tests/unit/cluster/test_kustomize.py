@@ -10,7 +10,6 @@ from ray.serve.schema import ServeDeploySchema
 
 from tests.support.manifest_problems import problems
 from tests.support.manifests import KUBERNETES, Tree, edited, load, name_of, objects, parts, rendered
-from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl renders the manifests")
 
@@ -32,12 +31,13 @@ def test_kubernetes_takes_every_object_of_a_variant(variant: tuple[str, ...]) ->
 
 
 def test_every_object_is_in_a_variant() -> None:
-    """Apart from the jobs, and the secrets, which are created one by one."""
+    """Apart from jobs and secrets, which are created one by one."""
     built = {name for variant in VARIANTS for name in rendered(*variant)}
     written = {
         f"{document['kind']} {name_of(document)}"
         for path in KUBERNETES.rglob("*.yaml")
-        if path.name not in ("kustomization.yaml", "secrets.example.yaml") and path.parent.name != "jobs"
+        if path.name not in ("kustomization.yaml", "secrets.example.yaml")
+        and path.parent.name not in ("jobs", "maintenance")
         for document in load(path)
         if isinstance(document, dict)
     }
@@ -64,7 +64,9 @@ def cluster_of(variant: tuple[str, ...], path: tuple[str, ...]) -> Tree:
 
 def test_a_job_and_the_service_have_the_pods_of_the_cluster() -> None:
     cluster = cluster_of((".",), ("RayCluster ctmsr", "spec"))
-    assert cluster_of(("serve",), ("RayService upscale", "spec", "rayClusterConfig")) == cluster
+    serving = cluster_of(("serve",), ("RayService upscale", "spec", "rayClusterConfig"))
+    assert edited(serving, "workerGroupSpecs/0/minReplicas", 0) == cluster
+    assert serving["workerGroupSpecs"][0]["minReplicas"] == 1
     own = cluster_of(("job",), ("RayJob train", "spec", "rayClusterSpec"))
     assert {name for name in cluster if own.get(name) != cluster[name]} == {
         "workerGroupSpecs",
@@ -129,9 +131,14 @@ def test_the_service_is_one_that_ray_serve_takes() -> None:
     )
     (application,) = config.applications
     assert application.args["tracking_uri"] == "http://mlflow:5000"
-    module, name = application.import_path.split(":")
-    assert (ROOT / f"{module.replace('.', '/')}/__init__.py").is_file()
-    assert name == "app"
+    (gpus,) = [
+        group["maxReplicas"]
+        for group in cluster_of((".",), ("RayCluster ctmsr", "spec"))["workerGroupSpecs"]
+        if group["groupName"] == "gpu"
+    ]
+    assert application.args["max_replicas"] == gpus
+    assert application.import_path == "pipelines.serve:app"
+    pytest.importorskip("pipelines.serve.application").Arguments(**application.args)
     (head,) = cluster_of((".",), ("RayCluster ctmsr", "spec", "headGroupSpec"))["template"]["spec"][
         "containers"
     ]
@@ -184,6 +191,7 @@ def test_only_those_who_need_it_may_connect() -> None:
     assert may_connect("prometheus", "ray", 8080, namespace="monitoring")
     assert may_connect("ray", "mlflow", 5000)
     assert may_connect("mlflow", "postgres", 5432)
+    assert may_connect("mlflow-upgrade", "postgres", 5432)
     assert may_connect("ray", "redis", 6379)
     for source, target, port in [
         ("submitter", "ray", 6379),

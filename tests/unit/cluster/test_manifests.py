@@ -4,7 +4,6 @@ Kubernetes is asked by its schemas, KubeRay by a schema of ours, Ray by its auto
 commands by their own parsers.
 """
 
-import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -124,7 +123,8 @@ KEY = re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b|-----BEGIN|\b[0-9a-f]{32,}\b|\b[A
 
 
 def looks_like_a_key(text: str) -> bool:
-    return bool(KEY.search(text))
+    without_paths = re.sub(r"path: /spec/[A-Za-z0-9/]+", "", text)  # in patches of kustomize
+    return bool(KEY.search(without_paths))
 
 
 @pytest.mark.parametrize("text", ["AKIA" + "A1" * 8, "token: " + "0af3" * 16, "secret: " + "aB3d" * 10])
@@ -184,5 +184,5 @@ def test_rays_autoscaler_reads_the_cluster() -> None:
     assert types["headgroup"]["resources"]["CPU"] == 0
     (job,) = load(KUBERNETES / "jobs/upscale.yaml")
     assert set(json.loads(job["spec"]["entrypointResources"])) <= set(types["gpu"]["resources"])
-    ours, installed = cluster["spec"]["rayVersion"], importlib.metadata.version("ray")
-    assert ours.split(".")[:2] == installed.split(".")[:2]
+    lock = (CLUSTER / "requirements.lock").read_text()
+    assert re.findall(r"^ray(?:\[.*\])?==(\S+)", lock, re.MULTILINE) == [cluster["spec"]["rayVersion"]]

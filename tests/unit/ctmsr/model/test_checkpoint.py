@@ -129,7 +129,9 @@ def test_a_manifest_cannot_point_outside_its_folder(folder: Path) -> None:
 
 def test_a_newer_format_says_update(folder: Path) -> None:
     edit_manifest(folder, format_version=2)
-    with pytest.raises(CheckpointError, match=r"format version 2, .* up to 1\. Update"):
+    with pytest.raises(
+        CheckpointError, match=r"format 2, .* up to 1: it was made by a newer release\. Upgrade"
+    ):
         checkpoint.read_manifest(folder)
 
 

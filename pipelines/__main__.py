@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ctmsr.errors import ConfigError
 
-from .infra import docstrings, exit_status
+from .config import docstrings
+from .infra import exit_status
 from .infra.invocation import as_typed
 from .infra.package import version
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from ctmsr.config import describe, flatten, from_dict, override, to_dict
 from ctmsr.errors import ConfigError, DataError
 
-from ..infra import docstrings
 from ..infra.invocation import command_parser
 from ..infra.storage import open_uri, read_bytes
+from . import docstrings
 from .defaults import DEVICES, MODEL_NAME, TRACKING_URI
 
 if TYPE_CHECKING:  # imports torch, which takes seconds; --help should not wait for it

@@ -195,8 +195,10 @@ def upload_folder(folder: Path, uri: str, *, last: str) -> None:
     file_system, root = open_uri(uri)
     with storage_errors(uri):
         file_system.create_dir(root)
-        for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
-            fs.copy_files(str(path), f"{root}/{path.name}", fs.LocalFileSystem(), file_system)
+        for path in sorted(folder.iterdir()):
+            if path.name != last:
+                fs.copy_files(str(path), f"{root}/{path.name}", fs.LocalFileSystem(), file_system)
+    write_bytes(f"{uri}/{last}", (folder / last).read_bytes())  # atomic, which a copy to a local folder is not
 
 
 def delete_folder(uri: str, *, first: str | None = None) -> None:

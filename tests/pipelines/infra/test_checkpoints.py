@@ -23,7 +23,7 @@ CONFIG = {"network": to_dict(NETWORK)}
 
 def manifest(files: Mapping[str, bytes]) -> bytes:
     sizes = {name: {"bytes": len(data)} for name, data in files.items()}
-    return json.dumps({"files": sizes, "config": {}, "meta": {}}).encode()
+    return json.dumps({"format_version": 1, "files": sizes, "config": {}, "meta": {}}).encode()
 
 
 @pytest.fixture(scope="module")

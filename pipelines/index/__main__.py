@@ -1,7 +1,7 @@
 """Index a folder of pictures: `python -m pipelines.index s3://bucket/photos`.
 
-Every picture is fetched, hashed and decoded once. Pictures that training cannot use are set aside with the
-reason; nothing is deleted. An index is a folder:
+Every picture is fetched, hashed and decoded once, those in tars too. Pictures that training cannot use are
+set aside with the reason; nothing is deleted. An index is a folder:
 
     index-VERSION.parquet       usable pictures: key, size, etag, width, height, format, sha256
     quarantine-VERSION.parquet  the others, with status and detail
@@ -37,7 +37,8 @@ reasons for quarantine:
   mode        no fixed white level            duplicate   same bytes as another picture, which is kept
   missing-lq  no LR picture of the same name  bad-lq      LR picture unreadable or of the wrong size
   gone        deleted during the scan         too-narrow  more than --max-aspect
-  no-detail   less than --min-detail          near-duplicate  looks like a larger one, which is kept"""
+  no-detail   less than --min-detail          near-duplicate  looks like a larger one, which is kept
+  compressed  a tar whose members cannot be read one by one"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     inside = absolute(out).startswith(f"{settings.uri}/")
     check(not inside, f"--out {out} is inside the folder it indexes. Choose a location outside it.")
     for uri in filter(None, (settings.uri, settings.lq_uri)):
-        next(iter_images(uri))  # raises if there are none
+        next(iter_images(uri, shards=not settings.lq_uri))  # raises if there are none
     write_bytes(f"{out}/scan.json", json.dumps(vars(settings)).encode())  # raises if it is not writable
     with ray_cluster():
         summary = build_index(settings, absolute(out))

@@ -120,7 +120,7 @@ def make(pictures: Pictures, samples: list[int], crops: int = 1) -> dict[int, tu
     (block,) = order._task(np.array(samples)).read_fn()
     rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
     spec = _SampleSpec(
-        pictures.folder, "", 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
+        pictures.places, 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
     )
     made = _train_rows(rows, spec=spec)
     return {

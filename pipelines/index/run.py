@@ -5,15 +5,13 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-import ray.data
 from pyarrow import fs
 
 from ctmsr.errors import DataError
 
-from ..infra.exit_status import root_cause
 from ..infra.listing import Listed, iter_images, list_files, stem
 from ..infra.progress import Screen
-from ..infra.ray_data import configured
+from ..infra.ray_data import map_rows
 from ..infra.storage import open_uri
 from .merge import merge
 from .progress import ScanProgress
@@ -77,7 +75,7 @@ def _lq_pictures(uri: str) -> dict[str, Listed]:
     return found
 
 
-def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "ScanProgress") -> None:
+def _scan(todo: list[dict[str, Any]], settings: Settings, progress: ScanProgress) -> None:
     def scan(row: dict[str, Any]) -> dict[str, Any]:
         chunk = [Listed(**file) for file in row["files"]]
         num_pictures = scan_chunk(chunk, row["lq_keys"], settings, row["part_uri"])
@@ -87,11 +85,5 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: "ScanProgres
             "bytes": sum(file.size for file in chunk),
         }
 
-    blocks = ray.data.from_items(todo, override_num_blocks=len(todo))
-    try:
-        for done in configured(blocks.map(scan)).iter_rows():
-            progress.show(done["files"], done["pictures"], done["bytes"])
-    except ray.exceptions.RayError as error:
-        raise DataError(
-            f"the scan stopped; run the same command again to resume it. {root_cause(error)}"
-        ) from error
+    for done in map_rows(todo, scan, "the scan"):
+        progress.show(done["files"], done["pictures"], done["bytes"])

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 OrderVersion = Literal[1, 2]
+Order = Literal["global", "sharded"]
 """How an epoch is permuted: by `permutation` (1), as in early runs, or by `permuted` (2)."""
 
 

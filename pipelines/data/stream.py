@@ -22,7 +22,7 @@ import ray.train
 from ctmsr.degradation.recipe import DegradationConfig, degrade
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
-from ctmsr.rng import OrderVersion, sample_rng
+from ctmsr.rng import Order, OrderVersion, sample_rng
 
 from ..infra.ray_data import configured, in_order
 from .pictures import Pictures, refuse_unusable
@@ -99,6 +99,7 @@ def train_stream(
     flips: bool = False,
     order_version: OrderVersion = 2,
     crops_per_picture: int = 1,
+    order: Order = "global",
 ) -> ray.data.Dataset:
     """Samples `skip` to `total` of an endless sequence, to be split among `num_workers` with equal=True.
 
@@ -124,6 +125,7 @@ def train_stream(
         flips: Whether half of the crops are mirrored left to right; the seed decides which.
         order_version: See `SampleOrder`.
         crops_per_picture: Consecutive samples that are crops of one picture; a block decodes it once.
+        order: Of the pictures; sharded, for those in shards, also depends on `global_batch_size`.
 
     Returns:
         Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
@@ -132,8 +134,8 @@ def train_stream(
         keep their positions. A failing store raises DataError in the task.
     """
     counts = skip, total, global_batch_size, num_workers
-    order = SampleOrder(pictures, seed, *counts, order_version, crops_per_picture)
-    blocks = ray.data.read_datasource(order, override_num_blocks=max(1, len(order.get_read_tasks(1))))
+    plan = SampleOrder(pictures, seed, *counts, order_version, crops_per_picture, order)
+    blocks = ray.data.read_datasource(plan, override_num_blocks=max(1, len(plan.get_read_tasks(1))))
     spec = _SampleSpec(
         pictures.places,
         hr_crop_size,

@@ -11,6 +11,7 @@ import numpy as np
 from ctmsr.errors import DataError, StoreError
 
 from ..infra.storage import open_uri, read_bytes, read_range
+from .parquet import SUFFIX, read_rows
 from .tars import BLOCK, contents
 
 _FETCH_THREADS = 8
@@ -86,8 +87,11 @@ def _requests(pictures: Sequence[Wanted]) -> list[Request]:
     for picture in pictures:
         if picture.shard:
             shards[picture.shard_key].append(picture)
-    for some in shards.values():
-        requests += [partial(_read_members, span) for span in spans(some)]
+    for shard, some in shards.items():
+        if shard.lower().endswith(SUFFIX):
+            requests.append(partial(_read_rows, some))
+        else:
+            requests += [partial(_read_members, span) for span in spans(some)]
     return requests
 
 
@@ -142,6 +146,24 @@ def _member(data: bytes, first: int, picture: Wanted, path: str) -> Files | str:
     if file is None:
         return f"{path} is not where it was: its tar has changed. Index the pictures again."
     return [(path, file)]
+
+
+def _read_rows(pictures: list[Wanted], places: Places) -> list[Found]:
+    """Rows of a Parquet file, every row group once."""
+    file_system, root = _open(places.folder)
+    path = f"{root}/{pictures[0].shard_key}"
+    try:
+        files = read_rows(file_system, path, {(picture.offset, picture.length) for picture in pictures})
+    except StoreError:
+        raise
+    except DataError as error:
+        return [(picture, str(error)) for picture in pictures]
+    gone = f"is not where it was: {path} has changed. Index the pictures again."
+    found: list[Found] = []
+    for picture in pictures:
+        name, data = f"{root}/{picture.key}", files.get((picture.offset, picture.length))
+        found.append((picture, f"{name} {gone}" if data is None else [(name, data)]))
+    return found
 
 
 _open = lru_cache(maxsize=4)(open_uri)

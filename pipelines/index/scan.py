@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from ctmsr.errors import DataError, PictureError, StoreError
 from ctmsr.image import over_white
 
-from ..data import tars
+from ..data import parquet, tars
 from ..data.keys import SHARD_COLUMNS, TYPES
 from ..infra.listing import Listed, stem
 from ..infra.storage import open_uri, read_bytes, write_bytes
@@ -151,7 +151,8 @@ def _shard_rows(shard: Listed, settings: Settings) -> tuple[list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     num_ignored, names = 0, set()
     try:
-        for member in tars.pictures(file_system, f"{root}/{shard.key}", shard.size):
+        members = parquet.pictures if shard.key.lower().endswith(parquet.SUFFIX) else tars.pictures
+        for member in members(file_system, f"{root}/{shard.key}", shard.size):
             if member is None:
                 num_ignored += 1
                 continue

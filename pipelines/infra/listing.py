@@ -28,7 +28,7 @@ IMAGE_SUFFIXES = (
 )
 """In lower case; names may have upper case. HEIC is listed even where it cannot be read, to be reported."""
 
-SHARD_SUFFIXES = (".tar",)
+SHARD_SUFFIXES = (".tar", ".parquet")
 """Files that hold pictures; in lower case."""
 COMPRESSED_SUFFIXES = (".tgz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst")))
 """Files that would be shards, could their members be read by themselves."""

@@ -1,4 +1,4 @@
-"""Training on tars in a bucket, through the commands and Ray, as users do."""
+"""Training on tars and Parquet files in a bucket, through the commands and Ray, as users do."""
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,27 +17,25 @@ from pipelines.train.run import check_inputs
 from tests.conftest import S3, Store
 from tests.support.keys import keys_of
 from tests.support.runs import run_config
-from tests.support.shards import tar_of
+from tests.support.shards import parquet_of, tar_of
 
 BATCH = 8
 LOOK: dict[str, Any] = {"hr_crop_size": 64, "scale": 4, "degradation": DegradationConfig()}
 
 
-def indexed_tars(store: Store, photos: dict[str, bytes]) -> Pictures:
-    """Five photographs in two tars, beside captions."""
+def indexed_shards(store: Store, photos: dict[str, bytes]) -> Pictures:
+    """Five photographs in two tars, beside captions, and a Parquet file."""
     names = sorted(photos)
-    uri = store(
-        {
-            f"tars/{number}.tar": tar_of(
-                {f"{name}.txt": b"caption" for name in names}
-                | {name: photos[name] for name in names[number::2]},
-                kind,
-            )
-            for number, kind in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))
-        }
-    )
-    assert index([f"{uri}/tars"]) == 0
-    return find_pictures(f"{uri}/tars.index")
+    captions = {f"{name}.txt": b"caption" for name in names}
+    some = [{name: photos[name] for name in names[number::3]} for number in range(3)]
+    shards = {
+        "0.tar": tar_of(captions | some[0], tarfile.PAX_FORMAT),
+        "1.tar": tar_of(captions | some[1], tarfile.GNU_FORMAT),
+        "2.parquet": parquet_of(some[2]),
+    }
+    uri = store({f"shards/{name}": data for name, data in shards.items()})
+    assert index([f"{uri}/shards"]) == 0
+    return find_pictures(f"{uri}/shards.index")
 
 
 def samples(pictures: Pictures, skip: int, num_workers: int) -> dict[int, tuple[str, bytes]]:
@@ -64,26 +62,29 @@ def samples(pictures: Pictures, skip: int, num_workers: int) -> dict[int, tuple[
     }
 
 
-def test_tars_are_indexed_and_streamed_on_any_workers(
+def test_shards_are_indexed_and_streamed_on_any_workers(
     ray_session: None, store: Store, photos: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tars = indexed_tars(store, photos)
+    pictures = indexed_shards(store, photos)
     assert "5 pictures indexed, 0 quarantined, 10 other files" in capsys.readouterr().out
-    assert sorted(key.partition("/")[2] for key in keys_of(tars)) == sorted(photos)
-    check_images(tars, hr_crop_size=64)
-    alone = samples(tars, 0, 1)
+    keys = keys_of(pictures)
+    assert [key.partition("/")[0] for key in keys] == [*["0.tar"] * 2, *["1.tar"] * 2, "2.parquet"]
+    check_images(pictures, hr_crop_size=64)
+    alone = samples(pictures, 0, 1)
     assert list(alone) == list(range(8 * BATCH))
-    assert samples(tars, 3 * BATCH, 2) == {n: alone[n] for n in range(3 * BATCH, 8 * BATCH)}
-    held_out = val_samples(tars, num_draws=1, **LOOK)
-    assert sorted(row["key"] for row in held_out.iter_rows()) == sorted(keys_of(tars))
+    assert samples(pictures, 3 * BATCH, 2) == {n: alone[n] for n in range(3 * BATCH, 8 * BATCH)}
+    held_out = val_samples(pictures, num_draws=1, **LOOK)
+    assert [row["key"] for row in held_out.iter_rows()] == keys
 
-    file_system, root = open_uri(tars.folder)
-    file_system.delete_file(f"{root}/1.tar")
+    file_system, root = open_uri(pictures.folder)
+    for shard in ("1.tar", "2.parquet"):
+        file_system.delete_file(f"{root}/{shard}")
     stream = train_stream(
-        tars, seed=1, skip=0, total=2 * BATCH, global_batch_size=BATCH, num_workers=1, **LOOK
+        pictures, seed=1, skip=0, total=2 * BATCH, global_batch_size=BATCH, num_workers=1, **LOOK
     )
     problems = {str(row["key"])[0]: str(row["problem"]) for row in stream.iter_rows()}
-    assert problems == {"0": "", "1": f"{root}/1.tar does not exist. Check the path."}
+    gone = {shard[0]: f"{root}/{shard} does not exist. Check the path." for shard in ("1.tar", "2.parquet")}
+    assert problems == {"0": ""} | gone
 
 
 def test_an_order_that_needs_shards_is_refused_without(s3: S3, bucket: str, tmp_path: Path) -> None:

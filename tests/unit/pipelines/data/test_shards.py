@@ -14,7 +14,7 @@ from pipelines.data.pictures import Pictures
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.stream import _SampleSpec, _train_rows
 from tests.support.keys import keys_of
-from tests.support.shards import indexed, tar_of
+from tests.support.shards import indexed, parquet_of, tar_of
 
 SEED, CROP = 3, 32
 PHOTOS = [
@@ -41,9 +41,16 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Form]:
         some = {name: files[name] for name in names[number::3]}
         (folder / f"tar/{number}.tar").write_bytes(tar_of({"about.json": b"{}", **some}))
         in_tars |= {f"{number}.tar/{name}": data for name, data in some.items()}
+    in_rows: dict[str, bytes] = {}
+    (folder / "parquet").mkdir()
+    for number in range(2):
+        some = {name: files[name] for name in names[number::2]}
+        (folder / f"parquet/{number}.parquet").write_bytes(parquet_of(some))
+        in_rows |= {f"{number}.parquet/{row:08}": data for row, data in enumerate(some.values())}
     return {
         "object": (indexed(str(folder / "object"), folder / "object"), files),
         "tar": (indexed(str(folder / "tar"), folder / "tar"), in_tars),
+        "parquet": (indexed(str(folder / "parquet"), folder / "parquet"), in_rows),
     }
 
 
@@ -78,7 +85,7 @@ def expected(data: bytes, key: str, epoch: int) -> tuple[bytes, bytes]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(["object", "tar"]),
+    name=st.sampled_from(["object", "tar", "parquet"]),
     order=st.sampled_from(["global", "sharded"]),
     batch=st.integers(1, 9),
     runs=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3),

@@ -1,12 +1,10 @@
 """Tars of pictures: what is found in them, what is refused, and what happens if they change."""
 
 import gzip
-import json
 import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +13,10 @@ from pyarrow import fs
 from ctmsr.errors import DataError, PictureError
 from ctmsr.image import encode_png
 from pipelines.data import tars
-from pipelines.data.pictures import Pictures, find_pictures
-from pipelines.data.reading import Files, Wanted, read_pictures, spans, wanted
+from pipelines.data.pictures import find_pictures
+from pipelines.data.reading import Wanted, spans
 from tests.support.keys import keys_of
-from tests.support.shards import indexed, tar_of
+from tests.support.shards import indexed, quarantine, read_all, summary, tar_of
 
 PHOTOS = {
     name: encode_png(np.random.default_rng(number).integers(0, 256, (34, 40 + number, 3), np.uint8))
@@ -26,22 +24,6 @@ PHOTOS = {
         ("a.png", "b/c.PNG", "./d.png", "\u5199\u771f.png", "x" * 150 + ".png", "d/" * 80 + "e.png", "f.png")
     )
 }
-
-
-def read_all(pictures: Pictures) -> dict[str, Files | str]:
-    keys = pictures.keys.take(np.arange(len(pictures)))
-    columns = {name: keys[name].to_numpy() for name in keys.column_names}
-    found = read_pictures(wanted(columns, range(len(pictures))), pictures.places)
-    return {picture.key: files for picture, files in found}
-
-
-def quarantine(pictures: Pictures) -> dict[str, tuple[str, str]]:
-    table = pq.read_table(f"{pictures.uri}/quarantine-{pictures.version}.parquet").to_pylist()
-    return {row["key"]: (row["status"], row["detail"]) for row in table}
-
-
-def summary(pictures: Pictures) -> dict[str, int]:
-    return json.loads(Path(pictures.uri, "summary.json").read_text())
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

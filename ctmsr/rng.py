@@ -12,6 +12,8 @@ import numpy as np
 
 OrderVersion = Literal[1, 2]
 """How an epoch is permuted: by `permutation` (1), as in early runs, or by `permuted` (2)."""
+Order = Literal["global", "sharded"]
+"""Whether all pictures are permuted one by one, or runs of neighbours."""
 
 
 def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:

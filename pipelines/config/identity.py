@@ -42,6 +42,7 @@ RUN = Identity(
     fixed=(
         "train.global_batch_size",
         "train.precision",
+        "data.order",
         "data.order_version",
         "data.crops_per_picture",
         "data.random_flip",
@@ -58,6 +59,7 @@ def search_identity(free: Sequence[str]) -> Identity:
         fixed=(
             "train.global_batch_size",
             "train.precision",
+            "data.order",
             "data.order_version",
             "data.crops_per_picture",
             "data.random_flip",

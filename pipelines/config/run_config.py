@@ -8,7 +8,7 @@ from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.model.inference import InferenceConfig, tile_spans
 from ctmsr.model.network import NetworkConfig, described
 from ctmsr.model.schedule import ScheduleConfig, curriculum_steps
-from ctmsr.rng import OrderVersion
+from ctmsr.rng import Order, OrderVersion
 from ctmsr.training.losses import LossConfig, dtm_range
 from ctmsr.training.resized_crop import lpips_size
 from ctmsr.training.state import OptimConfig, frozen_names
@@ -32,8 +32,10 @@ class DataConfig:
     """Held-out pictures for the final evaluation, never used to choose anything; empty for no references."""
     test_lq_uri: str = ""
     """LR pictures to evaluate on, uncropped, instead of degrading data.test_uri; pairs share a key."""
+    order: Order = "global"
+    """sharded visits neighbours in shards together: few requests to the store, a coarser shuffle."""
     order_version: OrderVersion = 2
-    """Order of the training pictures; 1 is that of runs begun before there was a choice."""
+    """Version of the global order; 1 is that of runs begun before there was a choice."""
     random_flip: bool = False
     """Mirror half of the training crops left to right; the published run does not."""
     crops_per_picture: int = 1
@@ -52,6 +54,10 @@ class DataConfig:
             0 <= self.eval_crop_border < self.eval_crop_size // 4,
             f"data.eval_crop_border must be at least 0 and below a quarter of data.eval_crop_size, "
             f"got {self.eval_crop_border}.",
+        )
+        check(
+            self.order == "global" or self.order_version == 2,
+            "data.order=sharded has no version 1. Leave data.order_version at 2.",
         )
         check(
             0 <= self.max_unreadable < 1,
@@ -251,6 +257,11 @@ class RunConfig:
             self.data.eval_crop_size % self.network.scale == 0,
             f"data.eval_crop_size ({self.data.eval_crop_size}) must be a multiple of network.scale "
             f"({self.network.scale}).",
+        )
+        check(
+            self.data.order == "global" or self.train.global_batch_size % self.data.crops_per_picture == 0,
+            f"with data.order=sharded, data.crops_per_picture ({self.data.crops_per_picture}) must divide "
+            f"train.global_batch_size ({self.train.global_batch_size}).",
         )
         tile_spans(
             self.network.multiple,

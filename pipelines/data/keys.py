@@ -25,8 +25,20 @@ BATCH_ROWS = 65_536
 """Rows of a record batch in a file of keys; a batch is the least that is looked at to find a key."""
 
 
+SHARD_COLUMNS = ("shard", "offset", "length")
+"""Where a picture is in its shard: see `Wanted`."""
+TYPES = {
+    "key": pa.large_string(),
+    "lq_key": pa.large_string(),
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "length": pa.int64(),
+}
+"""Types of the columns of keys."""
+
+
 class Keys(Protocol):
-    """Tables of "key" and, for pairs, "lq_key", both large_string, by the number of the picture."""
+    """Tables of "key", "lq_key" for pairs and `SHARD_COLUMNS` for shards, by the number of the picture."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +74,7 @@ class IndexKeys:
     """The folder of the index, absolute."""
     version: str
     names: tuple[str, ...]
-    """Columns: "key" and, for pairs, "lq_key"."""
+    """Columns: some of `TYPES`."""
     num_keys: int
 
     def __len__(self) -> int:
@@ -100,11 +112,11 @@ def write_keys(batches: Iterable[pa.RecordBatch], names: Iterable[str], path: Pa
         names: The columns to write.
         path: The new file.
     """
-    schema = pa.schema([(name, pa.large_string()) for name in names])
+    schema = pa.schema([(name, TYPES[name]) for name in names])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
         for batch in batches:
             file.write_batch(
-                pa.record_batch([batch[name].cast(pa.large_string()) for name in schema.names], schema)
+                pa.record_batch([batch[name].cast(TYPES[name]) for name in schema.names], schema)
             )
 
 

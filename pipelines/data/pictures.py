@@ -13,12 +13,13 @@ from ctmsr.errors import DataError, StoreError
 
 from ..infra.listing import absolute, list_images
 from ..infra.storage import open_uri, read_bytes
-from .keys import IndexKeys, Keys, ListedKeys
+from .keys import SHARD_COLUMNS, IndexKeys, Keys, ListedKeys
+from .reading import Places
 
 INDEX_SUFFIX = ".index"
 SUMMARY_FILE = "summary.json"
-INDEX_FORMAT = 1
-"""Of an index, in its summary as "format"; an index without it is of format 1."""
+INDEX_FORMAT = 2
+"""The newest of an index, in its summary as "format": 1, or nothing, without shards and 2 with shards."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,15 @@ class Pictures:
     num_others: int = 0
     """Files of the folder that are left out, as their names do not end like a picture's."""
 
+    has_shards: bool = False
+    """Whether all of them are in shards: tars or Parquet files."""
+
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def places(self) -> Places:
+        return Places(self.folder, self.lq_folder)
 
 
 @contextmanager
@@ -106,7 +114,8 @@ def _read_index(uri: str) -> Pictures:
             f"the index {uri} has format {found}, and this release reads up to {INDEX_FORMAT}: it was made "
             "by a newer release. Upgrade this one, or index the folder again under another name with --out."
         )
-    names = ("key", "lq_key") if summary["lq_uri"] else ("key",)
+    num_in_shards = summary.get("in_shards", 0)
+    names = ("key", *(["lq_key"] if summary["lq_uri"] else []), *(SHARD_COLUMNS if num_in_shards else ()))
     return Pictures(
         uri,
         # absolute, as tasks run in another working directory
@@ -115,6 +124,7 @@ def _read_index(uri: str) -> Pictures:
         summary["version"],
         lq_folder=summary["lq_uri"],
         scale=summary["scale"],
+        has_shards=num_in_shards == summary["pictures"],
     )
 
 

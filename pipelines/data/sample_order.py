@@ -8,13 +8,16 @@ import pyarrow as pa
 from ray.data import DataContext, Datasource, RandomSeedConfig, ReadTask
 from ray.data.block import BlockMetadata
 
-from ctmsr.rng import OrderVersion, permutation, permuted
+from ctmsr.rng import Order, OrderVersion, permutation, permuted
 
 from .pictures import Pictures
+from .sharded_order import sharded
 
 _MIN_BLOCK_ROWS = 160
 """Ray Data's overhead is per block: 40 rows gave 1.6 to 2 times the images/s of 20, and 160 gave 1.09 times
 those of 80."""
+_MIN_SHARDED_ROWS = 224
+"""As many as keep a task at a request for every twenty samples, however few workers there are."""
 _ROUND_BLOCKS = 32
 """Blocks per worker in one execution of the stream. Ray Data may run ahead by all of them, and plans them, at
 3 ms each, before the first one runs."""
@@ -37,8 +40,8 @@ class SampleOrder(Datasource):
     A row carries the key of its picture. The keys of an index are looked up by the tasks: this object holds
     numbers only, and its memory does not depend on how many pictures there are.
 
-    Version 2 of the order computes the picture of a sample; version 1, for runs that began with it, draws a
-    permutation of all pictures.
+    The order of the pictures is global or `sharded`. Version 2 of the global one computes the picture of a
+    sample; version 1, for runs that began with it, draws a permutation of all pictures.
     """
 
     def __init__(
@@ -51,14 +54,16 @@ class SampleOrder(Datasource):
         num_workers: int,
         version: OrderVersion = 2,
         crops_per_picture: int = 1,
+        order: Order = "global",
     ) -> None:
         super().__init__()
-        self._pictures, self._seed, self._version = pictures, seed, version
+        self._pictures, self._seed, self._version, self._order = pictures, seed, version, order
         self._skip, self._crops_per_picture = skip, crops_per_picture
         self._num_steps = max(0, total - skip) // global_batch_size
         self._global_batch_size = global_batch_size
         self._num_workers = num_workers
-        self._steps_per_block = -(-_MIN_BLOCK_ROWS * num_workers // global_batch_size)
+        min_rows = _MIN_SHARDED_ROWS if order == "sharded" else _MIN_BLOCK_ROWS
+        self._steps_per_block = -(-min_rows * num_workers // global_batch_size)
         self._steps_per_round = self._steps_per_block * _ROUND_BLOCKS
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -85,11 +90,16 @@ class SampleOrder(Datasource):
 
     def _task(self, samples: np.ndarray) -> ReadTask:
         num_pictures = len(self._pictures)
-        epochs, positions = np.divmod(samples // self._crops_per_picture, num_pictures)
+        visits = samples // self._crops_per_picture
+        epochs, positions = np.divmod(visits, num_pictures)
         picture = np.zeros_like(samples)  # empty rows keep picture 0
         real = samples != NO_SAMPLE
-        visited = _visited_v1 if self._version == 1 else permuted
-        picture[real] = visited(self._seed, epochs[real], num_pictures, positions[real])
+        if self._order == "sharded":
+            size = max(1, self._global_batch_size // self._crops_per_picture)
+            picture[real] = sharded(self._seed, visits[real], num_pictures, size)
+        else:
+            visited = _visited_v1 if self._version == 1 else permuted
+            picture[real] = visited(self._seed, epochs[real], num_pictures, positions[real])
         take = self._pictures.keys.taker(picture)
         metadata = BlockMetadata(
             num_rows=len(samples), size_bytes=_ROW_BYTES * len(samples), exec_stats=None, input_files=None

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import cv2
@@ -20,19 +20,19 @@ import ray.data
 import ray.train
 
 from ctmsr.degradation.recipe import DegradationConfig, degrade
-from ctmsr.errors import DataError, StoreError
+from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
-from ctmsr.rng import OrderVersion, sample_rng
+from ctmsr.rng import Order, OrderVersion, sample_rng
 
 from ..infra.ray_data import configured, in_order
-from ..infra.storage import open_uri, read_bytes
 from .pictures import Pictures, refuse_unusable
+from .reading import Files, Found, Places, read_pictures, wanted
 from .sample_order import NO_SAMPLE, SampleOrder, sample_table
 
 _VAL_BLOCK_ROWS = 8
 _VAL_SEED = 0
 """Fixed rather than the run's seed, so that runs are compared on identical held-out pictures."""
-_FETCH_THREADS = 8
+_CHECK_THREADS = 8
 _CHECKED_PICTURES = 16
 
 Rows = dict[str, np.ndarray]
@@ -44,8 +44,7 @@ StreamFactory = Callable[..., ray.data.Dataset]
 class _SampleSpec:
     """What a task needs to know to make samples."""
 
-    folder: str
-    lq_folder: str
+    places: Places
     hr_crop_size: int
     scale: int
     degradation: DegradationConfig
@@ -66,19 +65,24 @@ def check_images(pictures: Pictures, *, hr_crop_size: int) -> None:
     """
     num_checked = len(pictures) if len(pictures) <= 2 * _CHECKED_PICTURES else _CHECKED_PICTURES
     checked = np.linspace(0, len(pictures) - 1, num_checked).astype(int)
-    keys = pictures.keys.take(checked)["key"].to_pylist()
-    file_system, root = open_uri(pictures.folder)
+    keys = pictures.keys.take(checked)
+    columns = {name: keys[name].to_numpy() for name in keys.column_names}
 
-    def problem(key: str) -> str:
-        path = f"{root}/{key}"
+    def problem(found: Found) -> tuple[str, str]:
+        picture, files = found
+        if isinstance(files, str):
+            return picture.key, files
+        path, data = files[0]
         try:
-            center_crop(decode(read_bytes(file_system, path), name=path), hr_crop_size, name=path)
+            center_crop(decode(data, name=path), hr_crop_size, name=path)
         except DataError as error:
-            return str(error)
-        return ""
+            return picture.key, str(error)
+        return picture.key, ""
 
-    with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        refuse_unusable(pictures.uri, list(pool.map(problem, keys)), "checked")
+    some = read_pictures(wanted(columns, range(num_checked)), pictures.places)
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        problems = sorted(pool.map(problem, some))
+    refuse_unusable(pictures.uri, [text for _, text in problems], "checked")
 
 
 def train_stream(
@@ -95,6 +99,7 @@ def train_stream(
     flips: bool = False,
     order_version: OrderVersion = 2,
     crops_per_picture: int = 1,
+    order: Order = "global",
 ) -> ray.data.Dataset:
     """Samples `skip` to `total` of an endless sequence, to be split among `num_workers` with equal=True.
 
@@ -120,6 +125,7 @@ def train_stream(
         flips: Whether half of the crops are mirrored left to right; the seed decides which.
         order_version: See `SampleOrder`.
         crops_per_picture: Consecutive samples that are crops of one picture; a block decodes it once.
+        order: Of the pictures; sharded, for those in shards, also depends on `global_batch_size`.
 
     Returns:
         Columns "hr" (uint8, hr_crop_size squared x 3), "lq" (uint8, 1/scale of the side), "sample" (int64:
@@ -128,11 +134,10 @@ def train_stream(
         keep their positions. A failing store raises DataError in the task.
     """
     counts = skip, total, global_batch_size, num_workers
-    order = SampleOrder(pictures, seed, *counts, order_version, crops_per_picture)
-    blocks = ray.data.read_datasource(order, override_num_blocks=max(1, len(order.get_read_tasks(1))))
+    plan = SampleOrder(pictures, seed, *counts, order_version, crops_per_picture, order)
+    blocks = ray.data.read_datasource(plan, override_num_blocks=max(1, len(plan.get_read_tasks(1))))
     spec = _SampleSpec(
-        pictures.folder,
-        pictures.lq_folder,
+        pictures.places,
         hr_crop_size,
         scale,
         degradation,
@@ -161,7 +166,7 @@ def val_samples(
     picture, draw = np.divmod(samples, num_draws)
     table = sample_table(samples, draw, pictures.keys.take(picture))
     blocks = [table.slice(row, _VAL_BLOCK_ROWS) for row in range(0, len(samples), _VAL_BLOCK_ROWS)]
-    spec = _SampleSpec(pictures.folder, pictures.lq_folder, hr_crop_size, scale, degradation, _VAL_SEED, True)
+    spec = _SampleSpec(pictures.places, hr_crop_size, scale, degradation, _VAL_SEED, True)
     rows = ray.data.from_arrow(blocks).map_batches(partial(_val_rows, spec=spec), batch_size=None)
     return configured(rows)
 
@@ -214,31 +219,11 @@ def _make_rows(rows: Rows, spec: _SampleSpec) -> Rows:
     for row, key in enumerate(rows["key"].tolist()):
         if rows["sample"][row] != NO_SAMPLE:
             rows_of[key].append(row)
-    lq_keys = rows["lq_key"].tolist() if "lq_key" in rows else None
-    wanted = [(key, lq_keys[where[0]] if lq_keys else None) for key, where in rows_of.items()]
-    with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        for key, files in zip(rows_of, pool.map(partial(_fetch, spec=spec), wanted), strict=True):
-            _fill(made, rows["epoch"], rows_of[key], key, files, spec)
+    pictures = wanted(rows, (where[0] for where in rows_of.values()))
+    for picture, files in read_pictures(pictures, spec.places):
+        _fill(made, rows["epoch"], rows_of[picture.key], picture.key, files, spec)
     made["problem"] = made["problem"].astype(str)
     return made
-
-
-def _fetch(wanted: tuple[str, str | None], spec: _SampleSpec) -> list[tuple[str, bytes]] | str:
-    """Path and contents of a picture, and of its LR picture if any; or a message that one is missing."""
-    key, lq_key = wanted
-    files = []
-    for folder, name in ((spec.folder, key), (spec.lq_folder, lq_key)):
-        if name is None:
-            continue
-        file_system, root = _open(folder)
-        try:
-            path = f"{root}/{name}"
-            files.append((path, read_bytes(file_system, path)))
-        except StoreError:
-            raise  # which is no fault of the picture
-        except DataError as error:
-            return str(error)
-    return files
 
 
 def _fill(
@@ -246,7 +231,7 @@ def _fill(
     epochs: np.ndarray,
     where: list[int],
     key: str,
-    files: list[tuple[str, bytes]] | str,
+    files: Files | str,
     spec: _SampleSpec,
 ) -> None:
     """Writes the samples of one picture into the rows `where`, or its problem into each of them."""
@@ -281,6 +266,3 @@ def _fill(
 def _sample_rng(seed: int, epoch: int, key: str, crop: int, purpose: str) -> np.random.Generator:
     """That of a picture for its first crop, which has the same bits whatever the number of crops."""
     return sample_rng(seed, epoch, key, f"{purpose} {crop}" if crop else purpose)
-
-
-_open = lru_cache(maxsize=4)(open_uri)

@@ -1,7 +1,7 @@
 """Index a folder of pictures: `python -m pipelines.index s3://bucket/photos`.
 
-Every picture is fetched, hashed and decoded once. Pictures that training cannot use are set aside with the
-reason; nothing is deleted. An index is a folder:
+Every picture is fetched, hashed and decoded once, those in tars too. Pictures that training cannot use are
+set aside with the reason; nothing is deleted. An index is a folder:
 
     index-VERSION.parquet       usable pictures: key, size, etag, width, height, format, sha256
     quarantine-VERSION.parquet  the others, with status and detail
@@ -12,7 +12,8 @@ reason; nothing is deleted. An index is a folder:
 import argparse
 import json
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ctmsr.config import check
 
@@ -30,6 +31,8 @@ examples:
     python -m pipelines.index s3://bucket/hr --lq s3://bucket/lr --out s3://bucket/pairs.index
   pictures from the web, without banners, pictures out of focus and what is there in several sizes:
     python -m pipelines.index s3://bucket/web --max-aspect 3 --min-detail 0.2 --near-duplicates 2
+  photographs that many runs train on, in tars of about 256 MB; run it again to resume it:
+    python -m pipelines.index s3://bucket/photos --pack s3://bucket/tars
 
 reasons for quarantine:
   unreadable  damaged, or access is denied    truncated   the file ends early
@@ -37,7 +40,8 @@ reasons for quarantine:
   mode        no fixed white level            duplicate   same bytes as another picture, which is kept
   missing-lq  no LR picture of the same name  bad-lq      LR picture unreadable or of the wrong size
   gone        deleted during the scan         too-narrow  more than --max-aspect
-  no-detail   less than --min-detail          near-duplicate  looks like a larger one, which is kept"""
+  no-detail   less than --min-detail          near-duplicate  looks like a larger one, which is kept
+  compressed  a tar whose members cannot be read one by one"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep the largest of pictures that look alike: whose 64-bit hashes differ in at most BITS bits, "
         "0 to 6; default all",
     )
+    parser.add_argument("--pack", metavar="URI", help="write the usable pictures into tars below this folder")
+    parser.add_argument(
+        "--tar-mb", type=float, default=256, metavar="MB", help="size of a tar, about; default %(default)s"
+    )
     return parser
 
 
@@ -78,19 +86,35 @@ def main(argv: list[str] | None = None) -> int:
     from ..infra.cluster import ray_cluster
     from ..infra.listing import absolute, iter_images
     from ..infra.storage import check_outlives_job, write_bytes
+    from .pack import pack
     from .run import build_index
 
     out = (arguments.out or arguments.uri.rstrip("/") + INDEX_SUFFIX).rstrip("/")
     check_outlives_job("--out", out)
     check(out.endswith(INDEX_SUFFIX), f"--out must end in {INDEX_SUFFIX}, got {out!r}.")
     settings = _settings(arguments)
-    inside = absolute(out).startswith(f"{settings.uri}/")
-    check(not inside, f"--out {out} is inside the folder it indexes. Choose a location outside it.")
+    if arguments.pack:
+        _check_pack(arguments)
+    for name, place in (("--out", out), ("--pack", arguments.pack)):
+        inside = place and f"{absolute(place)}/".startswith(f"{settings.uri}/")
+        check(not inside, f"{name} {place} is inside the folder it indexes. Choose a location outside it.")
     for uri in filter(None, (settings.uri, settings.lq_uri)):
-        next(iter_images(uri))  # raises if there are none
+        next(iter_images(uri, shards=not settings.lq_uri))  # raises if there are none
     write_bytes(f"{out}/scan.json", json.dumps(vars(settings)).encode())  # raises if it is not writable
     with ray_cluster():
         summary = build_index(settings, absolute(out))
+        if arguments.pack:
+            _report(summary, out)
+            tars = absolute(arguments.pack)
+            size = int(1e6 * arguments.tar_mb)
+            summary = pack(absolute(out), tars, shard_bytes=size, min_side=settings.min_side)
+            out = arguments.pack.rstrip("/") + INDEX_SUFFIX
+    _report(summary, out)
+    print(f"next: python -m pipelines.train --set {shlex.quote(f'data.train_uri={out}')}")
+    return 0
+
+
+def _report(summary: Mapping[str, Any], out: str) -> None:
     quarantined = sum(summary["quarantined"].values())
     print(
         f"{summary['pictures']} pictures indexed, {quarantined} quarantined, {summary['ignored']} other files"
@@ -98,8 +122,22 @@ def main(argv: list[str] | None = None) -> int:
     for reason, number in summary["quarantined"].items():
         print(f"  {reason:<16}{number}")
     print(f"written: {out}  version {summary['version']}")
-    print(f"next: python -m pipelines.train --set {shlex.quote(f'data.train_uri={out}')}")
-    return 0
+
+
+def _check_pack(arguments: argparse.Namespace) -> None:
+    from ..data.pictures import INDEX_SUFFIX
+    from ..infra.storage import check_outlives_job
+
+    check_outlives_job("--pack", arguments.pack)
+    check(
+        not arguments.lq, "--pack writes no pairs: leave out --lq, or train on pairs as files of their own."
+    )
+    check(arguments.tar_mb > 0, f"--tar-mb must be above 0, got {arguments.tar_mb}.")
+    check(
+        not arguments.pack.rstrip("/").endswith(INDEX_SUFFIX),
+        f"--pack is a folder for tars, whose index will be beside it; got {arguments.pack!r}. Leave out "
+        f"{INDEX_SUFFIX}.",
+    )
 
 
 def _settings(arguments: argparse.Namespace) -> "Settings":

@@ -1,27 +1,32 @@
-"""Splits a listing into chunks and scans a chunk: fetches, hashes and decodes every picture."""
+"""Splits a listing into chunks and scans a chunk: fetches, hashes and decodes every picture.
+
+A shard is a chunk of its own, whose members are found as it is read.
+"""
 
 import hashlib
 import io
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import cv2
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctmsr.errors import DataError, PictureError, StoreError
-from ctmsr.image import Picture, over_white, read
+from ctmsr.image import over_white
 
+from ..data import parquet, tars
+from ..data.keys import SHARD_COLUMNS, TYPES
 from ..infra.listing import Listed, stem
 from ..infra.storage import open_uri, read_bytes, write_bytes
-from .looks import detail, look_hash
+from .checks import check_detail, check_shape, inspect, open_picture
+from .looks import look_hash
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +35,7 @@ SCALES = (2, 3, 4)
 SCHEMA = pa.schema(
     {
         "key": pa.large_string(),
+        **{name: TYPES[name] for name in SHARD_COLUMNS},
         "size": pa.int64(),
         "etag": pa.large_string(),
         "width": pa.int32(),
@@ -45,8 +51,13 @@ SCHEMA = pa.schema(
     }
 )
 """Columns of a part; strings are large because 32-bit offsets end at 2 GiB of text. `status` is "ok" or the
-reason for quarantine, `detail` the message. `look` is `look_hash`, only where near-duplicates are sought."""
+reason for quarantine, `detail` the message. `look` is `look_hash`, only where near-duplicates are sought.
+Early parts lack it and `SHARD_COLUMNS`."""
+IGNORED = "ignored"
+"""Metadata of the part of a shard: how many of its members are no pictures."""
 
+_OF_SHARD = "shard-"
+"""How the name of a shard's part begins."""
 _CHUNK_KEYS = 256
 """Average number of keys in a chunk."""
 _FETCH_THREADS = 8
@@ -81,6 +92,11 @@ def chunks(files: Iterable[Listed]) -> Iterator[list[Listed]]:
     """Runs of consecutive files, split at keys chosen by hash, so that a new file affects only one chunk."""
     chunk: list[Listed] = []
     for file in files:
+        if file.is_shard:
+            yield from ([chunk] if chunk else [])
+            yield [file]
+            chunk = []
+            continue
         chunk.append(file)
         if zlib.crc32(file.key.encode()) % _CHUNK_KEYS == 0 or len(chunk) == 8 * _CHUNK_KEYS:
             yield chunk
@@ -95,19 +111,31 @@ def part_name(chunk: list[Listed], lq: dict[str, Listed], settings: Settings) ->
     pairs = [(pair.key, pair.etag) for file in chunk if (pair := lq.get(stem(file.key)))]
     some = [settings.filters] if settings.filters else []  # parts from before there were filters stay valid
     text = json.dumps([files, pairs, settings.uri, settings.lq_uri, settings.min_side, *some])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    kind = _OF_SHARD if chunk[0].is_shard else ""
+    return kind + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def scan_chunk(chunk: list[Listed], lq_keys: list[str | None], settings: Settings, part_uri: str) -> None:
-    """Scans a chunk and writes its rows to `part_uri`, atomically.
+def is_of_shard(part: str) -> bool:
+    """Whether the part at a path is that of a shard."""
+    return part.rpartition("/")[2].startswith(_OF_SHARD)
+
+
+def scan_chunk(chunk: list[Listed], lq_keys: list[str | None], settings: Settings, part_uri: str) -> int:
+    """Scans a chunk and writes its rows to `part_uri`, atomically; returns how many there are.
 
     Raises:
         DataError: The store fails, which must not be held against the pictures.
     """
     cv2.setNumThreads(1)  # Ray counts a task as one CPU
-    with ThreadPoolExecutor(_FETCH_THREADS) as pool:
-        rows = list(pool.map(partial(_row, settings=settings), chunk, lq_keys))
-    write_table(pa.Table.from_pylist(rows, SCHEMA), part_uri)
+    if chunk[0].is_shard:
+        rows, num_ignored = _shard_rows(chunk[0], settings)
+    else:
+        num_ignored = 0
+        with ThreadPoolExecutor(_FETCH_THREADS) as pool:
+            rows = list(pool.map(partial(_row, settings=settings), chunk, lq_keys))
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    write_table(table.replace_schema_metadata({IGNORED: str(num_ignored)}), part_uri)
+    return len(rows)
 
 
 def write_table(table: pa.Table, uri: str) -> None:
@@ -117,64 +145,72 @@ def write_table(table: pa.Table, uri: str) -> None:
     write_bytes(uri, buffer.getvalue())
 
 
-def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "key": file.key,
-        "size": file.size,
-        "etag": file.etag,
-        "status": "ok",
-        "detail": "",
-    }
+def _shard_rows(shard: Listed, settings: Settings) -> tuple[list[dict[str, Any]], int]:
+    """A row for every picture of a shard, and one if it is damaged; and how many members are others."""
+    file_system, root = _open(settings.uri)
+    rows: list[dict[str, Any]] = []
+    num_ignored, names = 0, set()
     try:
+        members = parquet.pictures if shard.key.lower().endswith(parquet.SUFFIX) else tars.pictures
+        for member in members(file_system, f"{root}/{shard.key}", shard.size):
+            if member is None:
+                num_ignored += 1
+                continue
+            row = {"key": f"{shard.key}/{member.name}", "etag": shard.etag, "shard": len(shard.key)}
+            row |= {"offset": member.offset, "length": member.length, "size": len(member.data)}
+            is_again = member.name in names
+            names.add(member.name)
+            rows.append(_checked(row, partial(_contents, member, f"{root}/{row['key']}", is_again), settings))
+    except StoreError:
+        raise
+    except DataError as error:
+        reason = error.reason if isinstance(error, PictureError) else "gone"
+        row = {"key": shard.key, "size": shard.size, "etag": shard.etag}
+        rows.append(row | {"status": reason, "detail": str(error)})
+    return rows, num_ignored
+
+
+def _contents(member: tars.Member, path: str, is_again: bool) -> tuple[bytes, str]:
+    if is_again:
+        raise PictureError(f"{path} comes twice in its tar; this is the second one.", "duplicate")
+    if member.problem:
+        raise PictureError(f"{path} {member.problem}", member.reason)
+    return member.data, path
+
+
+def _row(file: Listed, lq_key: str | None, *, settings: Settings) -> dict[str, Any]:
+    def contents() -> tuple[bytes, str]:
         if file.problem:
             raise PictureError(file.problem, "unreadable")
-        data, path = _read(settings.uri, file.key)
+        return _read(settings.uri, file.key)
+
+    row = {"key": file.key, "size": file.size, "etag": file.etag}
+    return _checked(row, contents, settings, lq_key)
+
+
+def _checked(
+    row: dict[str, Any],
+    contents: Callable[[], tuple[bytes, str]],
+    settings: Settings,
+    lq_key: str | None = None,
+) -> dict[str, Any]:
+    """A row with what its picture's contents say: whether it is good, or why not."""
+    row |= {"status": "ok", "detail": ""}
+    try:
+        data, path = contents()
         row["sha256"] = hashlib.sha256(data).hexdigest()
-        picture = _open_picture(data, path)
-        row |= _inspect(picture)
-        _check_shape(row, path, settings)
+        picture = open_picture(data, path)
+        row |= inspect(picture)
+        check_shape(row, path, settings)
         if settings.min_detail or settings.near_duplicates is not None:
             grey_u8 = cv2.cvtColor(over_white(picture), cv2.COLOR_RGB2GRAY)
             row["look"] = look_hash(grey_u8) if settings.near_duplicates is not None else None
-            _check_detail(grey_u8, path, settings)
+            check_detail(grey_u8, path, settings)
         if settings.lq_uri:
             row |= _pair(row, path, lq_key, settings)
     except PictureError as error:
         row |= {"status": error.reason, "detail": str(error)}
     return row
-
-
-def _open_picture(data: bytes, path: str) -> Picture:
-    picture = read(data, name=path)
-    for warning in picture.warnings:
-        logger.warning("%s", warning)
-    return picture
-
-
-def _inspect(picture: Picture) -> dict[str, Any]:
-    """Width and height as training sees them, and the format by the file's header, not its name."""
-    height, width = picture.pixels.shape[:2]
-    return {"width": width, "height": height, "format": picture.format}
-
-
-def _check_shape(row: dict[str, Any], path: str, settings: Settings) -> None:
-    short, long = sorted((row["width"], row["height"]))
-    size = f"{path} is {row['width']}x{row['height']} pixels"
-    if short < settings.min_side:
-        raise PictureError(f"{size}; both sides must be at least {settings.min_side}.", "too-small")
-    if settings.max_aspect and long > settings.max_aspect * short:
-        raise PictureError(
-            f"{size}; one side may be at most {settings.max_aspect:g} times the other.", "too-narrow"
-        )
-
-
-def _check_detail(grey_u8: np.ndarray, path: str, settings: Settings) -> None:
-    if settings.min_detail and (found := detail(grey_u8)) < settings.min_detail:
-        raise PictureError(
-            f"{path} is flat or blurred, except for {found:.3f} of its area; at least "
-            f"{settings.min_detail:g} must have detail.",
-            "no-detail",
-        )
 
 
 def _pair(row: dict[str, Any], path: str, lq_key: str | None, settings: Settings) -> dict[str, Any]:
@@ -184,7 +220,7 @@ def _pair(row: dict[str, Any], path: str, lq_key: str | None, settings: Settings
         )
     data, lq_path = _read(settings.lq_uri, lq_key)
     try:
-        lq = _inspect(_open_picture(data, lq_path))
+        lq = inspect(open_picture(data, lq_path))
     except PictureError as error:
         raise PictureError(str(error), "bad-lq") from error
     for scale in SCALES:

@@ -28,6 +28,11 @@ IMAGE_SUFFIXES = (
 )
 """In lower case; names may have upper case. HEIC is listed even where it cannot be read, to be reported."""
 
+SHARD_SUFFIXES = (".tar", ".parquet")
+"""Files that hold pictures; in lower case."""
+COMPRESSED_SUFFIXES = (".tgz", *(f".tar.{name}" for name in ("gz", "bz2", "xz", "zst")))
+"""Files that would be shards, could their members be read by themselves."""
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -45,7 +50,12 @@ class Listed:
     @property
     def is_image(self) -> bool:
         """Whether it is to be read as a picture, by its name alone."""
-        return bool(self.problem) or _is_image(self.key)
+        return bool(self.problem) or is_image(self.key)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether it is to be read as a file of pictures, by its name alone."""
+        return self.key.lower().endswith(SHARD_SUFFIXES + COMPRESSED_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,16 @@ def list_images(uri: str) -> Images:
     found = list(list_files(folder))
     files = [file for file in found if file.is_image]
     if not files:
-        raise _no_image(uri, len(found))
+        raise _no_image(uri, len(found), sum(file.is_shard for file in found))
     return Images(folder, files, len(found) - len(files))
 
 
-def iter_images(uri: str) -> Iterator[Listed]:
+def iter_images(uri: str, *, shards: bool = False) -> Iterator[Listed]:
     """The pictures below a folder, in order of key; a bucket of any size takes little memory.
+
+    Args:
+        uri: The folder.
+        shards: Whether files of pictures count as well.
 
     Raises:
         DataError: `list_images` would raise, or the URI is that of a single picture.
@@ -90,7 +104,7 @@ def iter_images(uri: str) -> Iterator[Listed]:
         raise DataError(f"{uri} is a single picture. Name a folder of pictures.")
     num_files, found = 0, False
     for num_files, file in enumerate(list_files(folder), 1):  # noqa: B007 # used after the loop
-        if file.is_image:
+        if file.is_image or (shards and file.is_shard):
             found = True
             yield file
     if not found:
@@ -127,16 +141,19 @@ def absolute(uri: str) -> str:
 def stem(key: str) -> str:
     """The key without its suffix, which the two pictures of a pair share."""
     folder, slash, name = key.rpartition("/")
-    return folder + slash + ((name.rpartition(".")[0] if _is_image(name) else "") or name)
+    return folder + slash + ((name.rpartition(".")[0] if is_image(name) else "") or name)
 
 
-def _is_image(key: str) -> bool:
+def is_image(key: str) -> bool:
+    """Whether a name ends like a picture's."""
     return key.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _no_image(uri: str, num_others: int) -> DataError:
+def _no_image(uri: str, num_others: int, num_shards: int = 0) -> DataError:
+    """What to say of a folder without pictures."""
+    shards = f"{num_shards} are shards, which `python -m pipelines.index {uri}` reads. " if num_shards else ""
     return DataError(
-        f"no image under {uri} ({num_others} other files). Supported suffixes: "
+        f"no image under {uri} ({num_others} other files). {shards}Supported suffixes: "
         f"{', '.join(IMAGE_SUFFIXES)}. Check the path, or upload pictures there."
     )
 
@@ -190,7 +207,7 @@ def _s3_object(path: str, *, is_folder: bool) -> Listed | None:
         prefix = f"{key}/" if key else ""
         return "Contents" in client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
 
-    if is_folder or not _is_image(key):
+    if is_folder or not is_image(key):
         return None if has_files() or is_folder or not key else head()
     if not (found := head()):
         has_files()  # raises if it cannot be listed
@@ -260,7 +277,7 @@ def _local_file(entry: os.DirEntry[str], key: str) -> Listed:
         )
     if not is_utf8(key):
         problem = f"{name} has a name that is not UTF-8. Rename it."
-    return Listed(_as_utf8(key), size, etag, problem if _is_image(key) else "")
+    return Listed(_as_utf8(key), size, etag, problem if is_image(key) else "")
 
 
 def _as_utf8(name: str) -> str:

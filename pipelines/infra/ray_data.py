@@ -1,8 +1,16 @@
 """Ray Data, configured for this project."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import ray.data
 
+from ctmsr.errors import DataError
+
+from .exit_status import root_cause
 from .ray_internals import LoopThrottle, quieten_data
+
+Row = dict[str, Any]
 
 
 def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
@@ -25,3 +33,23 @@ def configured(dataset: ray.data.Dataset) -> ray.data.Dataset:
 def in_order() -> ray.data.ExecutionOptions:
     """Execution options that keep the order of rows."""
     return ray.data.ExecutionOptions(preserve_order=True)
+
+
+def map_rows(todo: Sequence[Row], task: Callable[[Row], Row], what: str) -> Iterator[Row]:
+    """What a task makes of every row, in order, each in a Ray task of its own.
+
+    Args:
+        todo: At least one row.
+        task: What to do with a row.
+        what: What this is, for the message.
+
+    Raises:
+        DataError: A task failed.
+    """
+    blocks = ray.data.from_items(list(todo), override_num_blocks=len(todo))
+    try:
+        yield from configured(blocks.map(task)).iter_rows()
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"{what} stopped; run the same command again to resume it. {root_cause(error)}"
+        ) from error

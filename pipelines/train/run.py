@@ -79,6 +79,12 @@ def check_inputs(config: RunConfig, *, fresh: bool = False) -> Inputs:
         pictures = find_pictures(config.data.train_uri)
     with about_setting("data.val_uri"):
         val = find_pictures(config.data.val_uri)
+    check(
+        config.data.order == "global" or pictures.has_shards,
+        f"data.order=sharded reads neighbours in shards, and {pictures.uri} has pictures outside of shards. "
+        "Pack them with `python -m pipelines.index FOLDER --pack TARS`, then set data.train_uri=TARS.index; "
+        "or set data.order=global.",
+    )
     check_images(pictures, hr_crop_size=config.network.hr_size)
     check_images(val, hr_crop_size=config.data.eval_crop_size)
     for place in (pictures, val):
@@ -205,6 +211,7 @@ def build_trainer(
             flips=config.data.random_flip,
             order_version=config.data.order_version,
             crops_per_picture=config.data.crops_per_picture,
+            order=config.data.order,
         )
 
     def held_out() -> ray.data.Dataset:

@@ -121,7 +121,7 @@ def merged(folder: str) -> dict[str, float]:
     """Writes the index of a folder with parts."""
     parts = [str(path) for path in sorted(Path(folder, "parts").iterdir())]
     started = time.monotonic()
-    summary = merge(parts, Settings(f"{folder}/photos", "", 128), folder, num_files=0)
+    summary = merge(parts, Settings(f"{folder}/photos", "", 128), folder, num_others=0)
     return {"pictures": summary["pictures"], "written, s": time.monotonic() - started, "peak, MB": peak_mb()}
 
 

@@ -1,4 +1,7 @@
-"""The store of the benchmarks: Ceph's gateway (tests/support/servers/ceph.py) with a bucket of JPEG crops."""
+"""The store of the benchmarks: Ceph's gateway (tests/support/servers/ceph.py) with a bucket of JPEG crops.
+
+If AWS_ENDPOINT_URL is set, the store there is used instead, which must not have these buckets yet.
+"""
 
 import io
 import os
@@ -22,14 +25,7 @@ PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 @contextmanager
 def bucket(num: int, side: int) -> Iterator[str]:
     """URI of a bucket of `num` square pictures; this process's AWS variables keep pointing to it."""
-    with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-        }
+    with _store():
         client = boto3.client("s3")
         client.create_bucket(Bucket="photos")
 
@@ -40,6 +36,22 @@ def bucket(num: int, side: int) -> Iterator[str]:
             for _ in pool.map(put, range(num)):
                 pass
         yield "s3://photos"
+
+
+@contextmanager
+def _store() -> Iterator[None]:
+    if os.environ.get("AWS_ENDPOINT_URL"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ceph") as folder, ceph_gateway(Path(folder)) as endpoint:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+        yield
 
 
 def photo(number: int, side: int) -> bytes:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from ctmsr.degradation.config import DegradationConfig
 from ctmsr.degradation.recipe import degrade
 from ctmsr.image import decode, random_crop
-from ctmsr.rng import sample_rng
+from ctmsr.rng import Order, sample_rng
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.stream import train_stream
 from pipelines.infra.storage import open_uri, read_bytes
@@ -123,7 +123,7 @@ def _pin_worker(number: int, cores: list[int]) -> None:
     pin([cores[number]])
 
 
-def from_stream(pictures: Pictures, num_warm: int, num_timed: int) -> float:
+def from_stream(pictures: Pictures, num_warm: int, num_timed: int, order: Order = "global") -> float:
     """Images/s of our stream."""
     stream = train_stream(
         pictures,
@@ -135,6 +135,7 @@ def from_stream(pictures: Pictures, num_warm: int, num_timed: int) -> float:
         total=num_warm + num_timed,
         global_batch_size=BATCH,
         num_workers=1,
+        order=order,
     )
     return rate(iter(stream.iter_batches(batch_size=BATCH)), num_warm, num_timed)
 

@@ -12,7 +12,16 @@ from tests.support.repository import ROOT
 
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
 INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
-BENCHMARKS_OF_PIPELINES = {"store", "stream", "memory", "scale", "checkpointing", "train_rate", "upscale"}
+BENCHMARKS_OF_PIPELINES = {
+    "store",
+    "stream",
+    "shards",
+    "memory",
+    "scale",
+    "checkpointing",
+    "train_rate",
+    "upscale",
+}
 """These measure Ray itself. The others run where torch is all there is, such as a borrowed GPU machine."""
 
 

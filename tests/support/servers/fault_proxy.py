@@ -31,6 +31,8 @@ class FaultProxy(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.counts: Counter[str] = Counter()
         """Requests by fault; "ok" means none, and "gone" that an end went away."""
+        self.num_bytes = 0
+        """Of bodies sent to the client."""
         self.next: list[str] = []
         """Faults of the next requests, before shares count again."""
         self._shares, self._draw, self._lock = dict(shares), random.Random(seed), threading.Lock()
@@ -125,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
+            self.server.num_bytes += len(sent)
             self.wfile.write(sent)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import encode_png
-from ctmsr.rng import OrderVersion
+from ctmsr.rng import Order, OrderVersion
 from pipelines.data.keys import ListedKeys
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker
@@ -20,16 +20,18 @@ from pipelines.data.stream import Rows, _SampleSpec, _train_rows
 
 NUM_PICTURES = 7
 
+Form = tuple[OrderVersion, Order]
+
 
 def consume(
-    pictures: Pictures, seed: int, version: OrderVersion, runs: list[tuple[int, int]], batch: int, crops: int
+    pictures: Pictures, seed: int, order: Form, runs: list[tuple[int, int]], batch: int, crops: int
 ) -> list[list[str]]:
     """Keys by step, as workers take them that are killed and go on.
 
     Args:
         pictures: The index.
         seed: Of the order.
-        version: Of the order.
+        order: Its version and its form.
         runs: (steps until the run is killed, workers), one after the other.
         batch: Samples of a step, over all workers.
         crops: Consecutive samples of a picture.
@@ -37,7 +39,8 @@ def consume(
     steps: list[list[str]] = []
     total = batch * sum(num_steps for num_steps, _ in runs)
     for num_steps, num_workers in runs:
-        schedule = SampleOrder(pictures, seed, batch * len(steps), total, batch, num_workers, version, crops)
+        counts = batch * len(steps), total, batch, num_workers
+        schedule = SampleOrder(pictures, seed, *counts, order[0], crops, order[1])
         part = rows_per_worker(batch, num_workers)
         lines: list[list[tuple[int, str]]] = [[] for _ in range(num_workers)]
         execution = 0
@@ -61,19 +64,19 @@ def consume(
 @given(
     num_pictures=st.integers(1, 300),
     seed=st.integers(0, 2**32),
-    version=st.sampled_from([1, 2]),
+    order=st.sampled_from([(1, "global"), (2, "global"), (2, "sharded")]),
     batch=st.integers(7, 72),
     runs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 7)), min_size=1, max_size=4),
     crops=st.sampled_from([1, 1, 2, 5]),
 )
 def test_every_picture_comes_once_an_epoch_whatever_is_killed(
-    num_pictures: int, seed: int, version: OrderVersion, batch: int, runs: list[tuple[int, int]], crops: int
+    num_pictures: int, seed: int, order: Form, batch: int, runs: list[tuple[int, int]], crops: int
 ) -> None:
     names = pa.array([f"{i}.png" for i in range(num_pictures)], pa.large_string())
     pictures = Pictures("p", ListedKeys(pa.table({"key": names})), "p", "v")
-    steps = consume(pictures, seed, version, runs, batch, crops)
+    steps = consume(pictures, seed, order, runs, batch, crops)
     keys = [key for step in steps for key in step]
-    whole = consume(pictures, seed, version, [(len(steps), 1)], batch, crops)
+    whole = consume(pictures, seed, order, [(len(steps), 1)], batch, crops)
     assert [sorted(step) for step in steps] == [sorted(step) for step in whole]  # the same images a step
     samples = [key for step in whole for key in step]
     keys = samples[::crops]
@@ -120,7 +123,7 @@ def make(pictures: Pictures, samples: list[int], crops: int = 1) -> dict[int, tu
     (block,) = order._task(np.array(samples)).read_fn()
     rows: Rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
     spec = _SampleSpec(
-        pictures.folder, "", 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
+        pictures.places, 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
     )
     made = _train_rows(rows, spec=spec)
     return {

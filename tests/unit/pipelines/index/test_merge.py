@@ -33,9 +33,7 @@ def merged(folder: Path, rows: list[dict[str, Any]], cuts: tuple[int, ...] = (),
     for start, stop in zip((0, *cuts), (*cuts, len(rows)), strict=True):
         parts.append(str(folder / f"{start}-{stop}.parquet"))
         write_table(pa.Table.from_pylist(rows[start:stop], SCHEMA), parts[-1])
-    found = merge(
-        parts, Settings(str(folder), settings.pop("lq_uri", ""), 32, **settings), str(folder), len(rows)
-    )
+    found = merge(parts, Settings(str(folder), settings.pop("lq_uri", ""), 32, **settings), str(folder), 0)
     bad = pq.read_table(folder / f"quarantine-{found['version']}.parquet").to_pylist()
     return found, {one["key"]: (one["status"], one["detail"]) for one in bad}
 

@@ -62,12 +62,14 @@ def compare(tables: Iterable[pa.Table], near_duplicates: int | None) -> Verdicts
         near_duplicates: As in `Settings`.
     """
     counts: Counter[str] = Counter()
-    keys, columns = [], []
+    keys, columns, looks = [], [], []
     for table in tables:
         counts.update({one["values"]: one["counts"] for one in pc.value_counts(table["status"]).to_pylist()})
         keys += table["key"].chunks
         columns.append(_numbers(table))
-    usable, digests, scales, areas, looks = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        if near_duplicates is not None:
+            looks.append(_looks(table))
+    usable, digests, scales = _joined(columns)
     why = np.zeros(len(usable), np.int8)
     verdicts = Verdicts(pa.chunked_array(keys, pa.large_string()), np.arange(len(usable)), scales, why)
 
@@ -79,8 +81,9 @@ def compare(tables: Iterable[pa.Table], near_duplicates: int | None) -> Verdicts
         why[rows[is_other]] = _OTHER_SCALE
         rows = rows[~is_other]
     if near_duplicates is not None:
+        areas, hashes = _joined(looks)
         rows = rows[np.argsort(-areas[rows], kind="stable")]  # the largest first, the first key among equals
-        _keep(verdicts, rows, rows[keepers(looks[rows], near_duplicates)], _NEAR)
+        _keep(verdicts, rows, rows[keepers(hashes[rows], near_duplicates)], _NEAR)
     counts.update({status: int(np.count_nonzero(why == code)) for code, status in _STATUS.items()})
     verdicts.reasons = {
         status: number for status, number in sorted(counts.items()) if number and status != "ok"
@@ -89,15 +92,27 @@ def compare(tables: Iterable[pa.Table], near_duplicates: int | None) -> Verdicts
 
 
 def _numbers(table: pa.Table) -> tuple[np.ndarray, ...]:
-    """Whether a row is usable, two uint64 of its hash, its scale, its pixels, and the hash of its looks."""
+    """Whether a row is usable, two uint64 of its hash, and its scale."""
     hexadecimal = "".join(table["sha256"].fill_null("0" * 64).to_pylist())
+    words = np.frombuffer(bytes.fromhex(hexadecimal), "<u8").reshape(-1, 4)
     return (
         pc.equal(table["status"], "ok").to_numpy(),
-        np.frombuffer(bytes.fromhex(hexadecimal), "<u8").reshape(-1, 4)[:, :2],  # 128 bits tell files apart
+        words[:, :2] ^ words[:, 2:],  # 128 bits tell files apart
         table["scale"].fill_null(0).to_numpy(),
-        pc.multiply(table["width"].cast("int64"), table["height"].cast("int64")).fill_null(0).to_numpy(),
-        table["look"].fill_null(0).to_numpy(),
     )
+
+
+def _looks(table: pa.Table) -> tuple[np.ndarray, ...]:
+    """The pixels of a row, and the hash of its looks."""
+    area = pc.multiply(table["width"].cast("int64"), table["height"].cast("int64"))
+    return area.fill_null(0).to_numpy(), table["look"].fill_null(0).to_numpy()
+
+
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> list[np.ndarray]:
+    """Whole columns; empties the list, as columns and parts need not be in memory together."""
+    found = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    parts.clear()
+    return found
 
 
 def _keep(verdicts: Verdicts, rows: np.ndarray, keeper: np.ndarray, why: int) -> np.ndarray:

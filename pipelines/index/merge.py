@@ -99,9 +99,15 @@ def _tables(parts: list[str], out: str, columns: list[str] | None = None) -> Ite
     """The rows of all parts, in order, some parts at a time."""
     file_system, _ = open_uri(out)
 
+    schema = pa.schema([SCHEMA.field(name) for name in columns or SCHEMA.names])
+
     def read(part: str) -> pa.Table:
-        file = pa.BufferReader(read_bytes(file_system, part))
-        return pq.read_table(file, schema=SCHEMA, columns=columns)
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(file_system, part)))
+        known = set(file.schema_arrow.names)
+        table = file.read([name for name in schema.names if name in known], use_threads=False)
+        for name in set(schema.names) - known:  # from before there was such a column
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
+        return table.select(schema.names)
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for start in range(0, len(parts), _PARTS_AT_ONCE):

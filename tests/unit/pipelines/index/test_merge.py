@@ -108,6 +108,15 @@ def test_the_largest_of_those_that_look_alike_is_kept(tmp_path: Path) -> None:
     assert kept["pictures"] == 4
 
 
+def test_a_part_of_an_earlier_release(tmp_path: Path) -> None:
+    found, _ = merged(tmp_path, [row("a.png"), row("b.png")])
+    for part in tmp_path.glob("*-*.parquet"):
+        if part.name.startswith("0-"):
+            write_table(pq.read_table(part).drop_columns(["look"]), str(part))
+    again = merge([str(tmp_path / "0-2.parquet")], Settings(str(tmp_path), "", 32), str(tmp_path), 2)
+    assert again["version"] == found["version"]
+
+
 def test_pairs_of_another_scale_are_set_aside(tmp_path: Path) -> None:
     pairs = [
         row(f"{number}.png", lq_key=f"{number}.jpg", lq_sha256="0" * 64, scale=scale)

@@ -37,6 +37,9 @@ ATTEMPTS_TO_TRANSFER = 6
 _making_client = threading.Lock()
 """boto3 can make only one client at a time."""
 
+_PLACEHOLDER = "BUCKET"
+"""Stands for a bucket in cluster/kubernetes."""
+
 # Fragments of the clients' error messages and what they mean, in order of precedence.
 _CAUSES = (
     (
@@ -99,6 +102,11 @@ def open_uri(uri: str, *, attempts: int = ATTEMPTS_TO_TRANSFER) -> tuple[fs.File
     if scheme == "file" and path.startswith("/"):
         return fs.LocalFileSystem(), os.path.abspath(unquote(path))
     path = path.strip("/")
+    if path.partition("/")[0] == _PLACEHOLDER:
+        raise DataError(
+            f"{uri} names no bucket: {_PLACEHOLDER} stands for yours in the manifests of cluster/kubernetes. "
+            f"Put its name there: sed 's/{_PLACEHOLDER}/my-bucket/g'."
+        )
     if scheme == "s3" and path:
         return _s3(attempts), path
     if scheme == "gs" and path:

@@ -22,6 +22,9 @@ from ctmsr.errors import DataError, StoreError
 
 from . import s3
 
+_PLACEHOLDER = "BUCKET"
+"""Stands for a bucket in cluster/kubernetes."""
+
 # Fragments of the clients' error messages and what they mean, in order of precedence.
 _CAUSES = (
     (
@@ -87,6 +90,11 @@ def open_uri(uri: str, *, attempts: int = s3.ATTEMPTS_TO_TRANSFER) -> tuple[fs.F
     if scheme == "file" and path.startswith("/"):
         return fs.LocalFileSystem(), os.path.abspath(unquote(path))
     path = path.strip("/")
+    if path.partition("/")[0] == _PLACEHOLDER:
+        raise DataError(
+            f"{uri} names no bucket: {_PLACEHOLDER} stands for yours in the manifests of cluster/kubernetes. "
+            f"Put its name there: sed 's/{_PLACEHOLDER}/my-bucket/g'."
+        )
     if scheme == "s3" and path:
         return s3.file_system(attempts), path
     if scheme == "gs" and path:

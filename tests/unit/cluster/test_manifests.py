@@ -6,6 +6,7 @@ commands by their own parsers.
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from mlflow.server.security_utils import is_allowed_host_header
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from ctmsr.errors import UserError
+from tests.support.commands import command_module
 from tests.support.manifest_problems import entrypoint_problems, problems
 from tests.support.manifests import (
     CLUSTER,
@@ -174,6 +177,16 @@ def test_jobs_find_the_cluster_the_bucket_and_mlflow() -> None:
     ]
     assert is_allowed_host_header(allowed.split(","), host)
     assert not is_allowed_host_header(allowed.split(","), "elsewhere:5000")
+
+
+@pytest.mark.parametrize("name", ["index", "train", "tune"])
+def test_a_job_without_a_bucket_says_so(name: str) -> None:
+    """The others ask MLflow first."""
+    (job,) = load(KUBERNETES / f"jobs/{name}.yaml")
+    _, _, module, *arguments = shlex.split(job["spec"]["entrypoint"])
+    on_cpus = [] if name == "index" else ["--set", "train.use_gpu=false"]
+    with pytest.raises(UserError, match="names no bucket: BUCKET stands for yours in the manifests"):
+        command_module(module).main([*arguments, *on_cpus])
 
 
 def test_rays_autoscaler_reads_the_cluster() -> None:

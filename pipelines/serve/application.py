@@ -19,7 +19,7 @@ from ..config.defaults import TRACKING_URI
 from ..tracking.released import Released, find_released
 from .asked import Asked
 from .front import Front
-from .limits import LOOPBACK, Limits
+from .limits import Limits
 from .token import TOKEN_ENV, TokenSource
 from .upscaler import Upscaler
 
@@ -53,7 +53,7 @@ class Arguments(BaseModel, extra="forbid"):
     """Time limit for one picture, in seconds."""
     strip_metadata: bool = False
     """Leaves out EXIF, XMP and resolution of the pictures."""
-    hosts: str = ",".join(sorted(LOOPBACK))
+    hosts: str = _ANY
     """Names that requests may use for this server, with commas between; `*` allows all."""
     token_file: str | None = None
     """File with the token that clients must show, on the machine that serves."""

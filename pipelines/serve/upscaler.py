@@ -8,7 +8,6 @@ import asyncio
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -63,6 +62,7 @@ class Upscaler:
         self._asked, self._limits = asked, limits
         self._loaded = Loaded.load(_current(asked, found), self._turn)
         self._small, self._large, self._checks = Lane(), Lane(), Lane()
+        self._stopped = threading.Event()
         if asked.may_move:
             threading.Thread(target=self._follow, args=(poll_s,), daemon=True).start()
 
@@ -104,29 +104,29 @@ class Upscaler:
         made, warnings = enlarged(data, upscale, kind, keeps_metadata=keeps_metadata)
         return Made(made, warnings, loaded.released.uri, num_pixels)
 
+    def stop(self) -> None:
+        """Stops following the name; for replicas outside Ray, which ends the process."""
+        self._stopped.set()
+
     def _follow(self, poll_s: float) -> None:
         """Looks again and again what the name means, and takes over another version once it works."""
         num_failures, said = 0, ""
-        while True:
-            time.sleep(poll_s * 2 ** min(num_failures, _MAX_DOUBLINGS))
+        while not self._stopped.wait(poll_s * 2 ** min(num_failures, _MAX_DOUBLINGS)):
+            before, meant = self._loaded.released, ""
             try:
-                self._take_over()
+                now = self._asked.now(before)
+                meant = now.uri
+                if (now.uri, now.source) != (before.uri, before.source):
+                    self._loaded = Loaded.load(now, self._turn)
+                    logger.warning("%s takes over from %s", now.uri, before.uri)
                 num_failures, said = 0, ""
-            except UserError as error:
+            except Exception as error:
                 num_failures += 1
-                if str(error) != said:
-                    said = str(error)
-                    logger.error("%s goes on serving: %s", self._loaded.released.uri, error)
-            except Exception:
-                num_failures += 1
-                logger.exception("%s goes on serving", self._loaded.released.uri)
-
-    def _take_over(self) -> None:
-        now, before = self._asked.now(self._loaded.released), self._loaded.released
-        if (now.uri, now.source) == (before.uri, before.source):
-            return
-        self._loaded = Loaded.load(now, self._turn)
-        logger.warning("%s takes over from %s", now.uri, before.uri)
+                told = f"{meant} {type(error).__name__}"  # not the message, which may name a temporary folder
+                if told != said:
+                    details = None if isinstance(error, UserError) else error
+                    logger.error("%s goes on serving: %s", before.uri, error, exc_info=details)
+                said = told
 
 
 class Lane:

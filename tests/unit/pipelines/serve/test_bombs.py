@@ -35,7 +35,17 @@ def with_scans(number: int) -> bytes:
     return flat[:start] + flat[start:-2] * number + flat[-2:]
 
 
+def with_comments(number: int) -> bytes:
+    gif = encoded(Image.fromarray(PICTURE), "GIF")
+    place = gif.index(b"\x2c")
+    return gif[:place] + b"\x21\xfe\x01a\x00" * number + gif[place:]
+
+
 BOMBS = {
+    "comments of GIF": with_comments(1_000_000),
+    "comments of PPM": b"P6\n" + b"#a\n" * 10_000_000 + b"5 5\n255\n" + bytes(75),
+    "later comments of PPM": b"P6 5" + b"\n#a\n" * 10_000_000 + b"5\n255\n" + bytes(75),
+    "blanks of PPM": b"P6\n" + b" " * 30_000_000 + b"5 5\n255\n" + bytes(75),
     "zTXt": png(*[chunk(b"zTXt", b"k\0\0" + MILLION)] * 1000),
     "iTXt": png(*[chunk(b"iTXt", b"k\0\1\0\0\0" + MILLION)] * 1000),
     "iCCP": png(*[chunk(b"iCCP", b"k\0\0" + MILLION)] * 1000),
@@ -74,6 +84,9 @@ def texts() -> PngImagePlugin.PngInfo:
         encoded(Image.fromarray(PICTURE), "JPEG"),
         encoded(Image.fromarray(PICTURE), "JPEG", progressive=True, comment=b"x" * 60_000),
         encoded(Image.fromarray(PICTURE), "WEBP"),
+        encoded(Image.fromarray(PICTURE), "PPM"),
+        b"P2\n# by hand\n20 100\n255\n" + b"0 " * 2000,
+        with_comments(20),
         b"\xff\xd8",
         b"\xff\xd8\xff\xe1\x00\x00",
         b"\x89PNG\r\n\x1a\n\xff",

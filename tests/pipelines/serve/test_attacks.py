@@ -4,6 +4,7 @@ The faults one by one are in tests/unit/pipelines/serve and test_answers.py.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -68,29 +69,44 @@ def seconds(ask: Callable[..., requests.Response], url: str, **options: bytes) -
     return time.monotonic() - started
 
 
+@pytest.fixture
+def plain_url(tmp_path: Path) -> Iterator[str]:
+    """A server that nobody attacks: what it takes, this machine takes."""
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
 @pytest.mark.slow
-def test_others_are_served_while_all_attacks_go_on(url: str) -> None:
-    requests.post(f"{url}/upscale", data=encode_png(PICTURE), timeout=60)
+def test_others_are_served_while_all_attacks_go_on(url: str, plain_url: str) -> None:
+    picture = encode_png(PICTURE)
+    requests.post(f"{url}/upscale", data=picture, timeout=60)
     before = used()
-    quiet = [seconds(requests.get, url) for _ in range(20)]
     assert len(before) == 3
     command = [sys.executable, "-m", "tests.support.attackers", url.rpartition(":")[2], str(SECONDS)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    pages, pictures, most = [], [], before
+    taken: dict[str, list[float]] = {"page": [], "picture": [], "plain": []}
+    most = before
     # Attackers elsewhere would not take this machine's time.
-    with subprocess.Popen(command, env=env, cwd=ROOT, preexec_fn=lambda: os.nice(15)) as attackers:
+    with subprocess.Popen(command, env=env, cwd=ROOT, preexec_fn=lambda: os.nice(5)) as attackers:
         while attackers.poll() is None:
-            pages.append(seconds(requests.get, url))
-            pictures.append(seconds(requests.post, f"{url}/upscale", data=encode_png(PICTURE)))
+            taken["plain"].append(seconds(requests.get, plain_url))
+            taken["page"].append(seconds(requests.get, url))
+            taken["picture"].append(seconds(requests.post, f"{url}/upscale", data=picture))
             now = used()
             most = {name: max(most[name], now.get(name, 0)) for name in most}
-            time.sleep(0.2)
-    told = [f"{name} {size / 2**20:.0f} MB, before {before[name] / 2**20:.0f}" for name, size in most.items()]
-    for what, taken in (("page before", quiet), ("page", pages), ("picture", pictures)):
-        print(f"{what}: {len(taken)} times, median {np.median(taken):.2f} s, longest {max(taken):.2f} s")
-    print("; ".join(told))
+            time.sleep(0.1)
+    for what, each in taken.items():
+        median, late = np.quantile(each, [0.5, 0.95])
+        print(f"{what}: {len(each)} times, median {median:.2f}, 95% {late:.2f}, longest {max(each):.2f} s")
+    for name, size in most.items():
+        print(f"{name}: {size / 2**20:.0f} MB, before {before[name] / 2**20:.0f}")
     assert attackers.returncode == 0
-    assert len(pages) > 5
-    assert max(pages) <= PAGE_S
-    assert max(pictures) <= PICTURE_S
+    assert len(taken["page"]) > 20
+    assert max(taken["page"]) <= PAGE_S + max(taken["plain"])
+    assert max(taken["picture"]) <= PICTURE_S + max(taken["plain"])
     assert sum(most.values()) <= MAX_BYTES

@@ -134,7 +134,11 @@ def ray_session(s3: S3) -> Iterator[None]:
     """A local cluster of four logical CPUs whose workers can reach the S3 server."""
     import ray
 
+    from pipelines.serve.guard import PROXY_ENV
+
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in PROXY_ENV.items():
+            patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")

@@ -1,4 +1,4 @@
-"""Runs a server for one model on Ray Serve."""
+"""Runs the application on Ray Serve for as long as a command lasts."""
 
 import logging
 import os
@@ -6,63 +6,67 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ray
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.schema import LoggingConfig
 
 from ctmsr.errors import UserError
 
 from ..infra.cluster import ray_cluster
 from ..tracking.released import Released
-from .server import Limits, Server
+from .application import QUIET, Arguments, build
+from .guard import PROXY_ENV
 
-_MAX_REQUESTS = 64
-"""Requests that a replica handles at a time: the page must load while pictures wait."""
+_SPARE_S = 30
+"""Ray's own time limit comes after that of the application, whose answer says more."""
+_KEEP_ALIVE_S = 10
 
 
 @contextmanager
-def serving(model: Released, *, host: str, port: int, limits: Limits) -> Iterator[str]:
+def serving(arguments: Arguments, found: Released, *, host: str, port: int) -> Iterator[str]:
     """A running server for the duration of a `with` block; yields its address.
 
+    The guard runs in the proxy if this starts Ray, or if `PROXY_ENV` was set when Ray was started.
+
     Args:
-        model: The model that upscales the pictures.
+        arguments: What to serve, and how.
+        found: The model that it starts with.
         host: Address to listen on, of the cluster's head node.
         port: Port to listen on.
-        limits: Limits on requests.
 
     Raises:
-        UserError: The port is taken, or the model does not load.
+        UserError: The port is taken, the cluster runs Ray Serve already, or the model cannot be served.
     """
     _check_port(host, port)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for name, value in PROXY_ENV.items():
+        os.environ.setdefault(name, value)
     with ray_cluster():
-        has_gpus = model.device in (None, "cuda", "rocm")
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if has_gpus else 0
-        server = serve.deployment(
-            name="server",
-            num_replicas=max(1, gpus),
-            max_ongoing_requests=_MAX_REQUESTS,
-            max_constructor_retry_count=1,
-            ray_actor_options={"num_cpus": 1, "num_gpus": min(1, gpus)},
-            logging_config=quiet,
-        )(Server)
-        options = HTTPOptions(host=host, port=port)
-        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=quiet)
+        if serve.status().proxies:
+            raise UserError(
+                "Ray Serve already runs on this cluster, on a port of its own. Add the model to its config "
+                "file, with import_path pipelines.serve:app, and run `serve deploy`."
+            )
+        application = build(arguments, found)
+        options = HTTPOptions(
+            host=host,
+            port=port,
+            request_timeout_s=arguments.timeout + _SPARE_S,
+            keep_alive_timeout_s=_KEEP_ALIVE_S,
+        )
         try:
-            _deploy(server.bind(model, limits), model)
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=options, logging_config=QUIET)
+            _deploy(application, found)
             yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         finally:
             serve.shutdown()
 
 
-def _deploy(application: serve.Application, model: Released) -> None:
+def _deploy(application: serve.Application, found: Released) -> None:
     try:
         serve.run(application, name="upscale")
     except RuntimeError as error:  # its text is the traceback of the replica
         said = [line for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise UserError(f"Ray Serve cannot start {model.uri}: {said[-1].strip()}") from error
+        raise UserError(f"Ray Serve cannot start {found.uri}: {said[-1].strip()}") from error
 
 
 def _check_port(host: str, port: int) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 import numpy as np
@@ -66,6 +68,11 @@ def load_from(
     Raises:
         TrackingError: The files cannot be fetched, or do not load.
     """
+    if source.startswith("file:") and not Path(url2pathname(urlsplit(source).path)).exists():
+        raise TrackingError(
+            f"the files of {name} are at {source}, a folder that this machine does not have. Start the "
+            "MLflow server with --artifacts-destination, so that it hands them out, and register it again."
+        )
     with tempfile.TemporaryDirectory() as scratch:
         with tracking_errors(f"cannot fetch {name} from {tracking_uri}"):
             folder = mlflow.artifacts.download_artifacts(
@@ -215,4 +222,6 @@ def find_version(tracking_uri: str, model_uri: str, device: str | None = None) -
         client = connect(tracking_uri)
         found = named_version(client, model_uri)
         source = client.get_model_version_download_uri(found.name, found.version)
+    if not (found.name and found.version and source):  # any JSON object passes for MLflow's answer
+        raise TrackingError(f"{tracking_uri} answers, but not as an MLflow server does. Check tracking_uri.")
     return Version(tracking_uri, f"models:/{found.name}/{found.version}", source, device)

@@ -78,7 +78,7 @@ def find_released(model: str | None, tracking_uri: str, device: str | None = Non
         UserError: There is no such model, or MLflow fails.
     """
     if model is None:
-        return _champion(tracking_uri, device) or _starter(tracking_uri, device)
+        return champion(tracking_uri, device) or _starter(tracking_uri, device)
     if model.startswith(REGISTERED):
         from .models import find_version
         from .runs import preflight
@@ -120,8 +120,8 @@ def _licence(folder: Path) -> str:
     return str(config.get("register", {}).get("licence", "unknown"))
 
 
-def _champion(tracking_uri: str, device: str | None) -> Released | None:
-    """None if the registry has no champion, or is a database file that does not exist."""
+def champion(tracking_uri: str, device: str | None) -> Released | None:
+    """The champion; None if the registry has no champion, or is a database file that does not exist."""
     database = tracking_uri.removeprefix("sqlite:///")
     if database != tracking_uri and not Path(database).expanduser().exists():
         return None

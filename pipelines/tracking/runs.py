@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
+from google.protobuf.json_format import ParseError
 from mlflow import MlflowClient
 from mlflow.entities import Param
 from mlflow.environment_variables import (
+    MLFLOW_ALLOW_HTTP_REDIRECTS,
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_HTTP_REQUEST_TIMEOUT,
@@ -47,6 +49,8 @@ def connect(tracking_uri: str) -> MlflowClient:
     """A client for the runs and models at one address; MLflow's global URIs are left alone."""
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    # A model is code that runs here, so it comes from the server that was named, and from no other.
+    os.environ.setdefault(MLFLOW_ALLOW_HTTP_REDIRECTS.name, "false")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
@@ -285,7 +289,7 @@ def tracking_errors(what: str) -> Iterator[None]:
     """Turns the errors of MLflow and its storage into a TrackingError that starts with `what`."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ParseError) as error:
         raise TrackingError(
             f"{what}: {first_line(error)}. Check tracking_uri and the server behind it."
         ) from error

@@ -18,11 +18,10 @@ from selenium.webdriver.support.wait import WebDriverWait
 from ctmsr.image import decode, encode_png
 from ctmsr.model.inference import upscale
 from ctmsr.model.network import ConsistencyModel
+from pipelines.serve.application import Arguments, find
 from pipelines.serve.run import serving
-from pipelines.serve.server import Limits
-from pipelines.tracking.models import find_version
-from tests.pipelines.test_serve import free_port
 from tests.support.registering import register_model, tiny_model
+from tests.support.servers.ray_nodes import free_port
 
 pytestmark = pytest.mark.tier
 
@@ -43,8 +42,8 @@ def url(
     model: ConsistencyModel, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> Iterator[str]:
     uri = register_model(model, tmp_path_factory.mktemp("registry"))
-    version, limits = find_version(uri, "models:/toy/1"), Limits(max_pixels=2_000_000, timeout_s=60)
-    with serving(version, host="127.0.0.1", port=free_port(), limits=limits) as url:
+    served = Arguments(model="models:/toy/1", tracking_uri=uri)
+    with serving(served, find(served), host="127.0.0.1", port=free_port()) as url:
         yield url
 
 

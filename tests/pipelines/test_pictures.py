@@ -1,6 +1,5 @@
 """Pictures as people have them, through index, stream, upscale, server and registered model: same colours."""
 
-import asyncio
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.ExifTags import Base
-from starlette.requests import Request
 
 from ctmsr.degradation.recipe import DegradationConfig
 from ctmsr.image import Picture, read
@@ -20,9 +18,9 @@ from pipelines.data.pictures import find_pictures
 from pipelines.data.stream import train_stream
 from pipelines.index.run import build_index
 from pipelines.index.scan import Settings as IndexSettings
-from pipelines.serve.server import Limits, Server
-from pipelines.tracking.models import find_version, load_model
+from pipelines.tracking.models import load_model
 from pipelines.upscale.__main__ import main
+from tests.support import serving
 from tests.support.picture_files import (
     P3,
     PROPHOTO,
@@ -221,15 +219,10 @@ def test_upscale(name: str, results: Path, model: ConsistencyModel) -> None:
 
 @pytest.fixture(scope="module")
 def ask(registry: str) -> Callable[..., tuple[bytes, dict[str, str]]]:
-    server = Server(find_version(registry, "models:/toy/1"), Limits(max_pixels=10**6, timeout_s=60))
+    server = serving.front(serving.upscaler(registry, "models:/toy/1"))
 
     def ask(body: bytes, accept: str = "*/*") -> tuple[bytes, dict[str, str]]:
-        async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        headers = [(b"host", b"127.0.0.1:8000"), (b"accept", accept.encode())]
-        scope = {"type": "http", "method": "POST", "path": "/upscale", "headers": headers}
-        response = asyncio.run(server(Request({**scope, "query_string": b""}, receive)))
+        response = serving.ask(server, body, accept=accept)
         assert response.status_code == 200, response.body
         return bytes(response.body), dict(response.headers)
 

@@ -107,7 +107,7 @@ def _tables(parts: list[str], out: str, columns: list[str] | None = None) -> Ite
         table = file.read([name for name in schema.names if name in known], use_threads=False)
         for name in set(schema.names) - known:  # from before there was such a column
             table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
-        return table.select(schema.names)
+        return table.select(schema.names).cast(schema)  # early parts have short strings
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for start in range(0, len(parts), _PARTS_AT_ONCE):

@@ -32,6 +32,7 @@ from .run import build_index
 from .scan import Settings
 
 PLAN_FILE = "pack.json"
+_STOPPED = "the packing stopped; run the same command again to resume it."
 _ROUND_SHARDS = 64
 """Tars to plan at a time."""
 _ORDER_SEED = 0
@@ -112,7 +113,7 @@ def _write_shards(
 
     with Screen() as screen:
         while some := [planned(number) for number in islice(todo, _ROUND_SHARDS)]:
-            for _ in map_rows(some, written, "the packing"):
+            for _ in map_rows(some, written, _STOPPED):
                 num_done += 1
                 screen.show(Bar(f"packed {num_done} of {len(names)} tars", num_done, len(names)))
 

@@ -17,6 +17,7 @@ from .merge import merge
 from .progress import ScanProgress
 from .scan import Settings, chunks, part_name, scan_chunk
 
+_STOPPED = "the scan stopped; run the same command again to resume it."
 _ROUND_CHUNKS = 64
 """Chunks of the listing to plan at a time."""
 
@@ -85,5 +86,5 @@ def _scan(todo: list[dict[str, Any]], settings: Settings, progress: ScanProgress
             "bytes": sum(file.size for file in chunk),
         }
 
-    for done in map_rows(todo, scan, "the scan"):
+    for done in map_rows(todo, scan, _STOPPED):
         progress.show(done["files"], done["pictures"], done["bytes"])

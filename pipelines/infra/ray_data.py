@@ -35,13 +35,13 @@ def in_order() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(preserve_order=True)
 
 
-def map_rows(todo: Sequence[Row], task: Callable[[Row], Row], what: str) -> Iterator[Row]:
+def map_rows(todo: Sequence[Row], task: Callable[[Row], Row], stopped: str) -> Iterator[Row]:
     """What a task makes of every row, in order, each in a Ray task of its own.
 
     Args:
         todo: At least one row.
         task: What to do with a row.
-        what: What this is, for the message.
+        stopped: What to say if a task fails, before the cause.
 
     Raises:
         DataError: A task failed.
@@ -50,6 +50,4 @@ def map_rows(todo: Sequence[Row], task: Callable[[Row], Row], what: str) -> Iter
     try:
         yield from configured(blocks.map(task)).iter_rows()
     except ray.exceptions.RayError as error:
-        raise DataError(
-            f"{what} stopped; run the same command again to resume it. {root_cause(error)}"
-        ) from error
+        raise DataError(f"{stopped} {root_cause(error)}") from error

@@ -131,3 +131,21 @@ def test_no_usable_picture_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 1 pictures under .* are usable: \{'truncated': 1\}"):
         merged(tmp_path, [row("a.png", status="truncated", detail="t", sha256=None)])
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_parts_of_before_there_were_long_strings_and_shards_are_read(tmp_path: Path) -> None:
+    names = [name for name in SCHEMA.names if name not in ("look", "shard", "offset", "length")]
+    early = pa.schema(
+        [
+            (n, pa.string() if pa.types.is_large_string(SCHEMA.field(n).type) else SCHEMA.field(n).type)
+            for n in names
+        ]
+    )
+    tables = [
+        pa.Table.from_pylist([row(key)], schema) for key, schema in (("a.png", early), ("b.png", SCHEMA))
+    ]
+    parts = [str(tmp_path / f"{number}.parquet") for number in range(2)]
+    for table, part in zip(tables, parts, strict=True):
+        write_table(table, part)
+    found = merge(parts, Settings(str(tmp_path), "", 32), str(tmp_path), 0)
+    assert (found["pictures"], found["format"]) == (2, 1)

@@ -1,7 +1,7 @@
 """Near-duplicates: which pictures look like a better one, by 64-bit hashes a few bits apart."""
 
 from collections.abc import Iterator
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 
@@ -66,8 +66,9 @@ def _near_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray,
     """
     if not distance:
         return
-    edges = np.linspace(0, 64, distance + _AGREEING + 1).astype(int).tolist()
-    masks = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
+    num_blocks = distance + _AGREEING
+    # A block has bits from everywhere: those next to each other in a picture often agree.
+    masks = [sum(1 << bit for bit in range(first, 64, num_blocks)) for first in range(num_blocks)]
     for chosen in combinations(masks, _AGREEING):
         key = hashes & np.uint64(sum(chosen))
         order = np.argsort(key, kind="stable")

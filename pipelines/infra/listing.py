@@ -17,7 +17,7 @@ from pyarrow import fs
 from ctmsr.errors import DataError
 
 from .invocation import printable
-from .s3 import ATTEMPTS_TO_PROBE, s3_client
+from .s3 import ATTEMPTS_TO_PROBE, list_objects, s3_client
 from .storage import is_no_such_key, is_utf8, open_uri, storage_errors
 
 logger = logging.getLogger(__name__)
@@ -225,10 +225,9 @@ def _in_s3(root: str) -> Iterator[Listed]:
     # boto3, as pyarrow has no ETags, lists everything at once and changes some keys.
     bucket, _, folder = root.partition("/")
     prefix = f"{folder}/" if folder else ""
-    for page in s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for entry in page.get("Contents", ()):
-            if not entry["Key"].endswith("/"):  # which stands for a folder
-                yield Listed(entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"].strip('"'))
+    for key, size, etag in list_objects(bucket, prefix):
+        if not key.endswith("/"):  # which stands for a folder
+            yield Listed(key.removeprefix(prefix), size, etag)
 
 
 def _in_folder(root: str) -> Iterator[Listed]:

@@ -6,15 +6,18 @@ for an object or a part of it, where pyarrow first asks for the size, and takes 
 
 import os
 import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
 
 from botocore.exceptions import ClientError
 from obstore.exceptions import BaseError
 from pyarrow import fs
 
-from ctmsr.errors import DataError
+from ctmsr.errors import DataError, StoreError
 
 from .hedging import Hedge
 
@@ -30,8 +33,14 @@ _CONNECT_TIMEOUT_S = 3
 _SILENCE_TIMEOUT_S = 4
 ATTEMPTS_TO_PROBE = 3
 ATTEMPTS_TO_TRANSFER = 6
+_LISTING_THREADS = 4
+_PAGE_KEYS = 1000
+"""The most that stores return."""
 _making_client = threading.Lock()
 """boto3 can make only one client at a time."""
+
+Entry: TypeAlias = tuple[str, int, str]
+"""Key, size in bytes and ETag of an object."""
 
 _ENVIRONMENT = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
@@ -96,6 +105,80 @@ def read_object(path: str, start: int = 0, length: int | None = None) -> bytes:
         if "InvalidRange" in str(error):  # it ends before `start`
             return b""
         raise
+
+
+def list_objects(bucket: str, prefix: str) -> Iterator[Entry]:
+    """The objects below a prefix, in order of key; call it inside `storage_errors`.
+
+    A page of a thousand can only be asked for once the page before is there. So where there are folders, the
+    pages of several are fetched at the same time. Only some pages are in memory.
+    """
+    client = s3_client()
+    fetch = partial(_list_range, client, bucket, prefix)
+    entries, rest = fetch("", None, max_pages=1)
+    yield from entries
+    if rest is None:
+        return
+    after = rest
+    bounds = deque(bound for bound in _bounds(client, bucket, prefix) if bound > after)
+    waiting: deque[tuple[Future[tuple[list[Entry], str | None]], str | None]] = deque()
+    step, is_last = 1, False
+    pool = ThreadPoolExecutor(_LISTING_THREADS, "list")
+    try:
+        while waiting or not is_last:
+            while len(waiting) < 2 * _LISTING_THREADS and not is_last:
+                some = [bounds.popleft() for _ in range(min(step, len(bounds)))]
+                until, is_last = some[-1] if some else None, not some
+                waiting.append((pool.submit(fetch, after, until), until))
+                after = until or after
+            future, until = waiting.popleft()
+            entries, rest = future.result()
+            if len(entries) < _PAGE_KEYS:  # as many folders at a time as fill a page or some
+                step *= 2
+            elif rest:
+                step = max(1, step // 2)
+            yield from entries
+            while rest is not None:
+                entries, rest = fetch(rest, until)
+                yield from entries
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _list_range(
+    client: Any, bucket: str, prefix: str, after: str, until: str | None, max_pages: int = 8
+) -> tuple[list[Entry], str | None]:
+    """The first pages of the objects after one key, up to another; and the last key, if there are more.
+
+    Raises:
+        StoreError: The store lists keys in no order, so that some would be missing.
+    """
+    found: list[Entry] = []
+    for _ in range(max_pages):
+        start = {"StartAfter": after} if after else {}
+        page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=_PAGE_KEYS, **start)
+        for entry in page.get("Contents", ()):
+            if entry["Key"] <= after:
+                raise StoreError(
+                    f"s3://{bucket} lists {entry['Key']} after {after}: use a bucket with an order."
+                )
+            if until is not None and entry["Key"] > until:
+                return found, None
+            found.append((entry["Key"], entry["Size"], entry["ETag"].strip('"')))
+        if not page["IsTruncated"]:
+            return found, None
+        after = page["Contents"][-1]["Key"]
+    return found, after
+
+
+def _bounds(client: Any, bucket: str, prefix: str) -> list[str]:
+    """Up to a thousand folders below a prefix, in order: those of the first level that has several."""
+    while True:
+        page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        folders = [folder["Prefix"] for folder in page.get("CommonPrefixes", ())]
+        if len(folders) != 1 or "Contents" in page:
+            return folders
+        prefix = folders[0]
 
 
 def _is_odd(key: str) -> bool:

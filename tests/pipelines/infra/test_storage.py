@@ -32,6 +32,21 @@ def test_pictures_are_listed_by_key_whatever_the_store(store: Store) -> None:
     assert [read_bytes(file_system, f"{root}/{file.key}") for file in found.files] == [b"1", b"22", b"333"]
 
 
+@pytest.mark.parametrize("folders", [0, 3, 30])
+def test_a_listing_of_many_pages_has_every_key_once_and_in_order(
+    s3: S3, folders: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.infra.s3._PAGE_KEYS", 4)
+    # Some folders have many pages, and some names come before and after those of folders.
+    keys = {f"in/only/{number % max(folders, 1)}/{number}.png" for number in range(70)}
+    keys |= {f"in/only/{first}{number}.png" for number in range(5) for first in "!09~\u00e9"}
+    keys |= {"in0.png", "in/only/2/\N{GRINNING FACE}.png"}
+    markers = {f"in/only/{number}/" for number in range(folders)}
+    uri = s3.make_bucket(f"pages-{folders}", dict.fromkeys(sorted(keys | markers), b"1"))
+    found = [f"in/{file.key}" for file in list_images(f"{uri}/in").files]
+    assert found == sorted(keys - {"in0.png"}, key=str.encode)
+
+
 def test_a_picture_is_a_list_of_one(store: Store) -> None:
     uri = store({"x/b.png": b"22"})
     found = list_images(f"{uri}/x/b.png")

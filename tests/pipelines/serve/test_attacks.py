@@ -54,7 +54,7 @@ def used() -> dict[str, int]:
 
 
 def scheduled(process: int) -> np.ndarray:
-    """How long its threads have run, and how long they could have run but had to wait for a core, in seconds."""
+    """Seconds that its threads have run, and that they could have run but had to wait for a core."""
     total = np.zeros(2)
     for thread in Path(f"/proc/{process}/task").iterdir():
         with suppress(OSError):

@@ -4,11 +4,11 @@ The faults one by one are in tests/unit/pipelines/serve and test_answers.py.
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +30,36 @@ MAX_BYTES = 3 * 2**30
 NAMES = ("ServeReplica:upscale:front", "ServeReplica:upscale:upscaler", "ProxyActor")
 
 
-def used() -> dict[str, int]:
-    """Memory of Ray Serve's processes below this one, in bytes, without what they share."""
-    found: dict[str, int] = {}
+def processes() -> dict[str, list[int]]:
+    """Those of Ray Serve below this one, by what they are."""
+    found: dict[str, list[int]] = {}
     for process in descendants(os.getpid()):
-        try:
+        with suppress(OSError):  # it may have ended
             title = Path(f"/proc/{process}/cmdline").read_text()
-            _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
-        except OSError:
-            continue  # it has ended
-        for name in NAMES:
-            if name in title:
-                found[name] = found.get(name, 0) + (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+            for name in (name for name in NAMES if name in title):
+                found.setdefault(name, []).append(process)
     return found
+
+
+def used() -> dict[str, int]:
+    """Their memory in bytes, without what they share."""
+    found: dict[str, int] = {}
+    for name, numbers in processes().items():
+        for process in numbers:
+            with suppress(OSError):
+                sizes = Path(f"/proc/{process}/statm").read_text().split()
+                pages = int(sizes[1]) - int(sizes[2])
+                found[name] = found.get(name, 0) + pages * os.sysconf("SC_PAGE_SIZE")
+    return found
+
+
+def scheduled(process: int) -> np.ndarray:
+    """Seconds that its threads have run, and that they could have run but had to wait for a core."""
+    total = np.zeros(2)
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(OSError):
+            total += np.array((thread / "schedstat").read_text().split()[:2], float) / 1e9
+    return total
 
 
 def descendants(process: int) -> list[int]:
@@ -69,32 +86,21 @@ def seconds(ask: Callable[..., requests.Response], url: str, **options: bytes) -
     return time.monotonic() - started
 
 
-@pytest.fixture
-def plain_url(tmp_path: Path) -> Iterator[str]:
-    """A server that nobody attacks: what it takes, this machine takes."""
-    port = free_port()
-    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        process.terminate()
-
-
 @pytest.mark.slow
-def test_others_are_served_while_all_attacks_go_on(url: str, plain_url: str) -> None:
+def test_others_are_served_while_all_attacks_go_on(url: str) -> None:
     picture = encode_png(PICTURE)
     requests.post(f"{url}/upscale", data=picture, timeout=60)
     before = used()
     assert len(before) == 3
     command = [sys.executable, "-m", "tests.support.attackers", url.rpartition(":")[2], str(SECONDS)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    taken: dict[str, list[float]] = {"page": [], "picture": [], "plain": []}
+    taken: dict[str, list[float]] = {"page": [], "picture": []}
+    (proxy,) = processes()["ProxyActor"]
+    at_first = scheduled(proxy)
     most = before
-    # Attackers elsewhere would not take this machine's time.
+    # Attackers elsewhere would not take this machine's time, and others may need it, too.
     with subprocess.Popen(command, env=env, cwd=ROOT, preexec_fn=lambda: os.nice(5)) as attackers:
         while attackers.poll() is None:
-            taken["plain"].append(seconds(requests.get, plain_url))
             taken["page"].append(seconds(requests.get, url))
             taken["picture"].append(seconds(requests.post, f"{url}/upscale", data=picture))
             now = used()
@@ -107,6 +113,9 @@ def test_others_are_served_while_all_attacks_go_on(url: str, plain_url: str) -> 
         print(f"{name}: {size / 2**20:.0f} MB, before {before[name] / 2**20:.0f}")
     assert attackers.returncode == 0
     assert len(taken["page"]) > 20
-    assert max(taken["page"]) <= PAGE_S + max(taken["plain"])
-    assert max(taken["picture"]) <= PICTURE_S + max(taken["plain"])
+    ran, waited = scheduled(proxy) - at_first
+    slowdown = (ran + waited) / ran
+    print(f"the proxy ran for {ran:.0f} s, and waited for a core for {waited:.0f} s")
+    assert max(taken["page"]) <= PAGE_S * slowdown
+    assert max(taken["picture"]) <= PICTURE_S * slowdown
     assert sum(most.values()) <= MAX_BYTES

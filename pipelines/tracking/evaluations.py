@@ -51,7 +51,7 @@ class PictureSet:
 def log_sets(tracking_uri: str, run_id: str, sets: Sequence[PictureSet]) -> None:
     """Records that a run uses sets of pictures; if MLflow fails, only logs a warning."""
     try:
-        connect(tracking_uri).log_inputs(run_id, [one.as_input() for one in sets])
+        _log_inputs(connect(tracking_uri), run_id, sets)
     except (MlflowException, SQLAlchemyError) as error:
         logger.warning("MLflow did not accept the data sets of run %s: %s", run_id, first_line(error))
 
@@ -80,7 +80,7 @@ def log_evaluation(
     Raises:
         MlflowException: MLflow fails, as may SQLAlchemyError and OSError say.
     """
-    client.log_inputs(run_id, [pictures.as_input()])
+    _log_inputs(client, run_id, [pictures])
     now = int(time.time() * 1000)
     means = [
         Metric(
@@ -99,6 +99,16 @@ def log_evaluation(
     files = {found.path for found in client.list_artifacts(run_id, "evaluation")}
     if evaluation.samples_u8 and file not in files:  # it would grow
         client.log_table(run_id, _table(evaluation), file)
+
+
+def _log_inputs(client: MlflowClient, run_id: str, sets: Sequence[PictureSet]) -> None:
+    inputs = [one.as_input() for one in sets]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException as error:
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.log_inputs(run_id, inputs)  # another process has just made the same set: now it is there
 
 
 def _table(evaluation: Evaluation) -> pd.DataFrame:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ctmsr.metrics.scoring import Evaluation
-from pipelines.tracking.evaluations import PictureSet, log_evaluation
+from pipelines.tracking.evaluations import PictureSet, log_evaluation, log_sets
 from pipelines.tracking.runs import connect, ensure_experiment, preflight, tracked_run
 from tests.support.registering import register_stated, write_checkpoint
 from tests.support.runs import sets_of
@@ -67,3 +69,17 @@ def test_a_table_shows_every_sample_once(uri: str) -> None:
     run = client.get_run(run_id)
     assert run.data.metrics == {"test_lpips": 0.25, "test_bicubic_lpips": 0.5}
     assert list(sets_of(run)) == ["evaluation"]
+
+
+def test_runs_that_start_at_once_all_name_the_same_pictures(uri: str) -> None:
+    client, experiment_id = connect(uri), ensure_experiment(uri, "at once")
+    runs = [client.create_run(experiment_id).info.run_id for _ in range(8)]
+    together, pictures = threading.Barrier(len(runs)), PictureSet("photos/train", "cafe", "training")
+
+    def log(run_id: str) -> None:
+        together.wait()
+        log_sets(uri, run_id, [pictures])
+
+    with ThreadPoolExecutor(len(runs)) as threads:
+        list(threads.map(log, runs))
+    assert {sets_of(client.get_run(run_id))["training"].digest for run_id in runs} == {"cafe"}

@@ -26,7 +26,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: A dataclass whose fields are scalars, literals, tuples, optionals or other dataclasses.
-        data: Values by field name; missing keys get the field's default.
+        data: Values by field name; missing keys get the field's default. Names in `cls.REMOVED`, fields of
+            earlier releases, are ignored.
         where: Dotted path of `cls` in the whole config, for messages.
 
     Raises:
@@ -35,6 +36,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'config'} must be a table of keys, got {data!r}.")
     hints = typing.get_type_hints(cls)
+    data = {key: value for key, value in data.items() if key not in getattr(cls, "REMOVED", ())}
     for key in data:
         if key not in hints:
             raise ConfigError(_unknown_key(f"{where}.{key}" if where else key, key, list(hints)))

@@ -3,6 +3,7 @@
     model.safetensors         EMA weights: what is evaluated and released
     train_state.safetensors   what else resuming needs; absent from a released checkpoint
     checkpoint.json           config, meta, and the size and SHA-256 of the files above; written last
+    scores.json               what was measured of it later, which then is part of its meta
 
 Nothing is unpickled: reading a checkpoint from an untrusted source runs no code.
 """
@@ -29,6 +30,7 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 TRAIN_STATE_FILE = "train_state.safetensors"
 MANIFEST_FILE = "checkpoint.json"
+SCORES_FILE = "scores.json"
 CURRENT_WEIGHTS = "model."
 """Prefix of the current weights, as opposed to the EMA, among the tensors of TRAIN_STATE_FILE."""
 
@@ -202,7 +204,9 @@ def _parse_manifest(folder: Path) -> Manifest:
         config = dict(data["config"])
         # Checkpoints from before there were two versions of the noise mean version 1.
         config["inference"] = {"noise_version": 1} | config.get("inference", {})
-        manifest = Manifest(config=config, meta=dict(data["meta"]), files=dict(data["files"]))
+        scores = folder / SCORES_FILE
+        meta = dict(data["meta"]) | (json.loads(scores.read_bytes()) if scores.is_file() else {})
+        manifest = Manifest(config=config, meta=meta, files=dict(data["files"]))
         if "network" not in manifest.config:
             raise ValueError("config has no section network")
         complete = MODEL_FILE in manifest.files and manifest.files.keys() <= {MODEL_FILE, TRAIN_STATE_FILE}

@@ -78,7 +78,11 @@ def resolve(arguments: argparse.Namespace) -> "RunConfig":
     overrides = list(arguments.overrides)
     if arguments.tracking_uri:
         overrides.append(f"tracking_uri={arguments.tracking_uri}")
-    config = from_dict(RunConfig, override(to_dict(from_dict(RunConfig, data)), overrides))
+    stored = to_dict(from_dict(RunConfig, data))
+    data = override(stored, overrides)
+    config = from_dict(RunConfig, data)
+    if unused := sorted(flatten(data).keys() - flatten(stored).keys()):
+        raise ConfigError(f"config key {unused[0]} is of an earlier release. --keys lists those of this one.")
     if arguments.keys:
         _print_keys(config)
         raise SystemExit(0)

@@ -74,6 +74,8 @@ class DataConfig:
 class TrainConfig:
     """How a run uses the cluster, and how often it reports."""
 
+    REMOVED = ("num_best_kept",)
+
     global_batch_size: int = 32
     """Images per update, over all workers."""
     num_workers: int = 4
@@ -95,11 +97,9 @@ class TrainConfig:
     log_every_steps: int = 50
     """Steps between progress lines and between points in MLflow."""
     checkpoint_every_steps: int = 5_000
-    """Steps between checkpoints, each with an evaluation of the EMA weights on data.val_uri."""
+    """Steps between checkpoints, each of which a task beside the training scores on data.val_uri."""
     num_checkpoints_kept: int = 3
-    """Newest checkpoints to keep in storage."""
-    num_best_kept: int = 1
-    """Checkpoints with the lowest LPIPS on data.val_uri to keep as well."""
+    """Checkpoints to keep in storage besides the newest: those with the lowest LPIPS on data.val_uri."""
     max_failures: int = 3
     """Consecutive failures, without a new checkpoint in between, that a run recovers from."""
 
@@ -114,8 +114,7 @@ class TrainConfig:
         ):
             check(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}.")
         check(self.cpus_per_worker > 0, f"train.cpus_per_worker must be above 0, got {self.cpus_per_worker}.")
-        for name in ("num_best_kept", "max_failures"):
-            check(getattr(self, name) >= 0, f"train.{name} must be at least 0, got {getattr(self, name)}.")
+        check(self.max_failures >= 0, f"train.max_failures must be at least 0, got {self.max_failures}.")
         check(
             self.num_workers <= self.global_batch_size,
             f"train.num_workers ({self.num_workers}) must be at most train.global_batch_size "

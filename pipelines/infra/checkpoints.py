@@ -1,7 +1,8 @@
-"""A run's checkpoints in storage: written in the background, all or nothing, keeping the newest and the best.
+"""A run's checkpoints in storage: written in the background, all or nothing.
 
 A checkpoint is a folder `checkpoint_<step>-<writer>` of the run, in the format of `ctmsr.model.checkpoint`,
 whose checkpoint.json is uploaded last. Readers ignore a folder without it, or with a file of the wrong size.
+Ray Train learns of each once it is stored, and deletes those that are neither the newest nor among the best.
 """
 
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pyarrow import fs
 from torch import Tensor
 
 from ctmsr.errors import CheckpointError, DataError, StoreError
@@ -40,7 +42,7 @@ class Stored:
     config: dict[str, Any]
     """The config of the run, as JSON types."""
     meta: dict[str, Any]
-    """Recorded by the writer: step, metrics and origin."""
+    """Recorded by the writer: step and origin; "metrics" and more once it has been scored."""
 
     @property
     def step(self) -> int:
@@ -97,25 +99,31 @@ def fetched(uri: str) -> Iterator[Path]:
 class CheckpointWriter:
     """Writes the checkpoints of one run in a background thread, one at a time."""
 
-    def __init__(self, run_uri: str, *, num_kept: int, num_best_kept: int) -> None:
-        """Keeps the newest `num_kept` checkpoints and the `num_best_kept` with the lowest LPIPS."""
+    def __init__(self, run_uri: str) -> None:
         self._run_uri = run_uri.rstrip("/")
-        self._num_kept, self._num_best_kept = num_kept, num_best_kept
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.stored_at = time.time()
         """When the newest checkpoint was complete, in seconds since the epoch; at first, now."""
 
-    def save(self, state: TrainState, config: dict[str, Any], meta: dict[str, Any]) -> None:
+    def save(
+        self, state: TrainState, config: dict[str, Any], meta: dict[str, Any]
+    ) -> tuple[str, Future[None]]:
         """Copies the state to host memory and returns, after waiting for the previous write to finish.
+
+        Returns:
+            The name of the checkpoint's folder, and what ends once the checkpoint is complete in storage.
 
         Raises:
             StoreError: The previous checkpoint could not be written.
         """
         self.wait()
+        # A unique folder: a stale writer on a disconnected node must not write into the same one.
+        name = f"{_PREFIX}{meta['step']:09d}-{secrets.token_hex(4)}"
         ema = _copied(state.ema_model.state_dict())
         rest = _copied(state_tensors(state))
-        self._writing = self._pool.submit(self._write, ema, rest, config, meta)
+        self._writing = self._pool.submit(self._write, name, ema, rest, config, meta)
+        return name, self._writing
 
     def wait(self) -> None:
         """Waits until the last checkpoint is in storage.
@@ -128,10 +136,13 @@ class CheckpointWriter:
             writing.result()
 
     def _write(
-        self, ema: dict[str, Tensor], rest: dict[str, Tensor], config: dict[str, Any], meta: dict[str, Any]
+        self,
+        name: str,
+        ema: dict[str, Tensor],
+        rest: dict[str, Tensor],
+        config: dict[str, Any],
+        meta: dict[str, Any],
     ) -> None:
-        # A unique folder: a stale writer on a disconnected node must not write into the same one.
-        name = f"{_PREFIX}{meta['step']:09d}-{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, name)
             try:
@@ -143,21 +154,14 @@ class CheckpointWriter:
                 ) from error
             upload_folder(folder, f"{self._run_uri}/{name}", last=checkpoint.MANIFEST_FILE)
         self.stored_at = time.time()
-        self._prune()
+        self._delete_remains(name)
 
-    def _prune(self) -> None:
-        """Deletes surplus checkpoints and the remains of incomplete ones."""
-        stored = list(complete(self._run_uri))
-        scored = sorted(
-            (one for one in stored if "lpips" in one.meta.get("metrics", {})),
-            key=lambda one: one.meta["metrics"]["lpips"],
-        )
-        kept = {one.uri for one in stored[: self._num_kept] + scored[: self._num_best_kept]}
-        newest_folder = stored[0].uri.rpartition("/")[2]
+    def _delete_remains(self, newest_folder: str) -> None:
+        """Deletes what writers left behind that were lost before their checkpoint was complete."""
+        stored = {one.uri.rpartition("/")[2] for one in complete(self._run_uri)}
         for folder in _folders(self._run_uri):
-            uri = f"{self._run_uri}/{folder}"
-            if uri not in kept and folder < newest_folder:
-                delete_folder(uri, first=checkpoint.MANIFEST_FILE)
+            if folder not in stored and folder < newest_folder:
+                delete_folder(f"{self._run_uri}/{folder}", first=checkpoint.MANIFEST_FILE)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,4 +197,17 @@ def complete(run_uri: str) -> Iterator[Stored]:
         manifest = json.loads(data)
         checkpoint.check_format(f"{run_uri.rstrip('/')}/{folder}", manifest)
         if all(sizes.get(name) == entry["bytes"] for name, entry in manifest["files"].items()):
-            yield Stored(f"{run_uri.rstrip('/')}/{folder}", manifest["config"], manifest["meta"])
+            meta = manifest["meta"] | _scores(file_system, PurePosixPath(root, folder), sizes)
+            yield Stored(f"{run_uri.rstrip('/')}/{folder}", manifest["config"], meta)
+
+
+def _scores(file_system: fs.FileSystem, folder: PurePosixPath, sizes: dict[str, int]) -> dict[str, Any]:
+    if checkpoint.SCORES_FILE not in sizes:
+        return {}
+    try:
+        scores: dict[str, Any] = json.loads(read_bytes(file_system, str(folder / checkpoint.SCORES_FILE)))
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}  # deleted since it was listed
+        raise
+    return scores

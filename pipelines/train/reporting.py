@@ -1,25 +1,35 @@
-"""Reports on a training run from rank 0: progress line, MLflow, Ray's metrics, scores of the EMA weights."""
+"""Reports on a training run from rank 0: progress line, MLflow, Ray's metrics."""
 
 import time
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import ray.train
-import ray.train.torch
 from ray.util.metrics import Gauge
 from ray.util.queue import Queue
 
-from ctmsr.metrics.perceptual import load_lpips
-from ctmsr.metrics.scoring import Evaluation, score
-from ctmsr.model.inference import for_inference, upscale
 from ctmsr.training.state import TrainState
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor
-from ..infra.progress import Progress, Scores
+from ..infra.progress import Progress
 from ..tracking.metric_logger import MetricLogger
+
+
+class Gauges:
+    """Ray's metrics `ctmsr_<name>` of a run; those with alerts are in cluster/kubernetes/monitoring."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Sets some of them."""
+        for name, value in values.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"ctmsr_{name}", f"{name} of a training run", tag_keys=("run",))
+            self._gauges[name].set(value, {"run": self._run})
 
 
 class Reporter:
@@ -34,16 +44,23 @@ class Reporter:
         self._num_workers = ray.train.get_context().get_world_size()
         self._queue: Queue = loop["progress"]
         self._mlflow = MetricLogger(loop["tracking_uri"], loop["run_id"], unsent)
-        self._gauges: dict[str, Gauge] = {}
-        self._held_out = list(ray.train.get_dataset_shard("val").iter_rows())
-        self._lpips = load_lpips("alex").to(ray.train.torch.get_device())
-        self._set_gauges({"step_at_s": time.time()})  # a run that never gets to a step has stalled, too
+        self._gauges = Gauges(config.name)
+        self._gauges.set({"step_at_s": time.time()})  # a run that never gets to a step has stalled, too
         self._restart_clock()
 
     def count(self, waited_s: float) -> None:
         """Counts a step and the seconds it waited for data."""
         self._num_steps += 1
         self._waited_s += waited_s
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """For what is not a step: its time counts in images_per_s, but not in step_images_per_s."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._between_s += time.monotonic() - started
 
     def report(self, state: TrainState, losses: Mapping[str, float], stored_at: float) -> None:
         """Reports the latest losses, and the speed since the last call.
@@ -71,8 +88,9 @@ class Reporter:
             )
         )
         lr = state.optimizer.param_groups[0]["lr"]
-        self._log({**losses, **speed, "lr": lr, "num_workers": self._num_workers}, step)
-        self._set_gauges(
+        alone = {"step_images_per_s": speed["images_per_s"] * elapsed_s / (elapsed_s - self._between_s)}
+        self._log({**losses, **speed, **alone, "lr": lr, "num_workers": self._num_workers}, step)
+        self._gauges.set(
             {
                 "step": step,
                 "total_steps": total,
@@ -84,24 +102,6 @@ class Reporter:
             }
         )
         self._restart_clock()
-
-    def evaluate(self, state: TrainState) -> Evaluation:
-        """Scores the EMA weights on the held-out pictures and logs scores and samples to MLflow."""
-        started = time.monotonic()
-        upscale_one = partial(
-            upscale,
-            for_inference(state.ema_model, ray.train.torch.get_device(), self._config.inference),
-            sigma_max=self._config.schedule.sigma_max,
-            config=self._config.inference,
-        )
-        scale = self._config.network.scale
-        evaluation = score(upscale_one, self._held_out, scale=scale, lpips=self._lpips)
-        means = evaluation.means
-        self._log({f"val_{name}": value for name, value in means.items()}, state.global_step)
-        self._queue.put_nowait(Scores(self._config.name, state.global_step, means))
-        self._mlflow.image(np.ascontiguousarray(evaluation.grid_u8), "val", state.global_step)
-        self._started += time.monotonic() - started  # excluded from the step rate
-        return evaluation
 
     def unsent(self) -> list[dict[str, Any]]:
         """Metrics that have not reached MLflow yet, for the checkpoint."""
@@ -115,15 +115,9 @@ class Reporter:
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._mlflow.log(metrics, step)
-        self._set_gauges(metrics)
-
-    def _set_gauges(self, values: Mapping[str, float]) -> None:
-        """Sets Ray's metrics `ctmsr_<name>`; those with alerts are in cluster/kubernetes/monitoring."""
-        for name, value in values.items():
-            if name not in self._gauges:
-                self._gauges[name] = Gauge(f"ctmsr_{name}", f"{name} of a training run", tag_keys=("run",))
-            self._gauges[name].set(value, {"run": self._config.name})
+        self._gauges.set(metrics)
 
     def _restart_clock(self) -> None:
-        self._started, self._num_steps, self._waited_s = time.monotonic(), 0, 0.0
+        self._started, self._num_steps = time.monotonic(), 0
+        self._waited_s, self._between_s = 0.0, 0.0
         self._monitor.file_bytes = 0

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
@@ -20,8 +20,8 @@ from ctmsr.metrics.perceptual import load_lpips
 from ..config.identity import RUN
 from ..config.run_config import RunConfig
 from ..data.pictures import Pictures, about_setting, find_pictures
-from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream, val_samples
-from ..infra.checkpoints import newest
+from ..data.stream import StreamConfig, StreamFactory, check_images, train_stream
+from ..infra.checkpoints import Stored, find, newest
 from ..infra.cluster import check_gpus
 from ..infra.progress import counted
 from ..infra.storage import check_outlives_job, delete_folder, open_uri, write_bytes
@@ -29,6 +29,7 @@ from ..tracking.evaluations import PictureSet, log_sets
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .leader import LIBRARIES
 from .retries import fit, steps_done
+from .scoring import RANKED_BY, score_the_rest, validation
 from .start import starting_point
 from .worker import train_loop_per_worker
 
@@ -126,15 +127,27 @@ def train(
     if fresh:
         start_over(config)
     with training_run(config, inputs, parent_run_id, is_new=fresh) as run_id:
-        if (done := steps_done(config)) < config.optim.total_steps:
+        last = train_to_the_end(config, inputs, progress, run_id)
+    return Outcome(last.uri, last.meta["metrics"], run_id)
+
+
+def train_to_the_end(
+    config: RunConfig, inputs: Inputs, progress: Queue, run_id: str, *, is_trial: bool = False
+) -> Stored:
+    """Trains whatever steps are missing; returns the last checkpoint, with its scores.
+
+    Raises:
+        UserError: The training failed, or the checkpoint cannot be scored; the message is the cause.
+    """
+    if (done := steps_done(config)) < config.optim.total_steps:
+        if not is_trial:
             since = f", from step {done}" if done else ""
             progress.put_nowait(
                 f"{config.name}: starting {counted(config.train.num_workers, 'worker')}{since}"
             )
-            fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress)
-    last = newest(config.run_uri)
-    assert last is not None  # the last step writes one
-    return Outcome(last.uri, last.meta["metrics"], run_id)
+        fit(config, lambda: build_trainer(config, inputs, progress, run_id), progress, is_trial=is_trial)
+    score_the_rest(_loop(config, inputs, progress, run_id), inputs.val)
+    return find(config.run_uri)
 
 
 def start_over(config: RunConfig) -> None:
@@ -214,37 +227,36 @@ def build_trainer(
             order=config.data.order,
         )
 
-    def held_out() -> ray.data.Dataset:
-        return val_samples(
-            inputs.val,
-            hr_crop_size=config.data.eval_crop_size,
-            num_draws=config.data.eval_draws,
-            scale=config.network.scale,
-            degradation=config.degradation,
-        )
-
-    datasets: dict[str, Any] = {"train": train_samples, "val": held_out}
+    datasets: dict[str, Any] = {"train": train_samples}
+    loop = _loop(config, inputs, progress, run_id)
     return TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={
-            "config": to_dict(config),
-            "tracking_uri": inputs.tracking_uri,
-            "run_id": run_id,
-            "progress": progress,
-            "num_pictures": len(inputs.train),
-            "train_version": inputs.train.version,
-        },
+        train_loop_config=loop,
+        validation_config=validation(loop, inputs.val),  # type: ignore[call-arg]  # mypy sees Ray's older class
         scaling_config=_scaling(config),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=storage_path,
             storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=0),  # see `fit`
+            checkpoint_config=CheckpointConfig(config.train.num_checkpoints_kept, RANKED_BY, "max"),
             callbacks=list(callbacks),
         ),
         datasets=datasets,
         dataset_config=StreamConfig(),
     )
+
+
+def _loop(config: RunConfig, inputs: Inputs, progress: Queue, run_id: str) -> dict[str, Any]:
+    """What workers and scoring tasks need besides the pictures."""
+    return {
+        "config": to_dict(config),
+        "tracking_uri": inputs.tracking_uri,
+        "run_id": run_id,
+        "progress": progress,
+        "num_pictures": len(inputs.train),
+        "train_version": inputs.train.version,
+    }
 
 
 def _scaling(config: RunConfig) -> ScalingConfig:

@@ -70,8 +70,11 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
             is_preempted = notice is not None and notice != before
         if done or is_preempted or state.global_step % config.train.checkpoint_every_steps == 0:
             check_finite(state)
-            metrics = leader.save(state, is_preempted and not done) if leader else {}
-            ray.train.report(metrics | {"step": state.global_step})
+            if leader:
+                with leader.reporter.between_steps():
+                    leader.save(state, is_last_chance=is_preempted and not done)
+            else:
+                ray.train.report({"step": state.global_step})  # a barrier: once on every worker
     if leader:
         leader.close()
 

@@ -107,7 +107,6 @@ def trial_config(config: RunConfig, point: Point, name: str) -> RunConfig:
             "optim.dtm_steps": tune.dtm_steps,
             "train.checkpoint_every_steps": report_steps(tune)[0],
             "train.num_checkpoints_kept": 2 * NUM_REPORTS,
-            "train.num_best_kept": 0,
         },
     )
 

@@ -20,8 +20,7 @@ from ctmsr.model.checkpoint import MANIFEST_FILE
 from ..config.run_config import RunConfig
 from ..infra.checkpoints import LPIPS_BY_PICTURE, Stored, complete, fetched
 from ..infra.storage import delete_folder, list_sizes, upload_folder
-from ..train.retries import fit
-from ..train.run import Inputs, build_trainer, training_run
+from ..train.run import Inputs, train_to_the_end, training_run
 from .methods import Score, Trial
 from .space import trial_config
 
@@ -65,7 +64,7 @@ def run_trial(
     point = ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" for key, value in trial.point.items())
     progress.put_nowait(f"{trial.name}: starting with {point}")
     with training_run(run, inputs, parent_run_id, shown=trial.point) as run_id, _scores_reported(run.run_uri):
-        fit(run, lambda: build_trainer(run, inputs, progress, run_id), progress, is_trial=True)
+        train_to_the_end(run, inputs, progress, run_id, is_trial=True)
 
 
 @contextmanager
@@ -103,7 +102,7 @@ def _scores(stored: list[Stored]) -> dict[int, Score]:
     return {
         one.step: Score(metrics["lpips"], metrics["psnr_y"], tuple(one.meta.get(LPIPS_BY_PICTURE, ())))
         for one in stored
-        if (metrics := one.meta["metrics"])  # a checkpoint on preemption has none
+        if (metrics := one.meta.get("metrics"))  # it may not have been scored yet
     }
 
 

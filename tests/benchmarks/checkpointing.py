@@ -39,7 +39,7 @@ def main() -> None:
     lpips, stream = load_lpips("vgg"), batches(config, 0)
     waits: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(folder, num_kept=1, num_best_kept=0)
+        writer = CheckpointWriter(folder)
 
         def stretch(is_saved: bool) -> float:
             started = time.perf_counter()

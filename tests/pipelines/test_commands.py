@@ -180,7 +180,7 @@ def test_without_arguments_the_key_to_set_is_named(
         ("train.min_workers=3", "train.min_workers must be from 0 to train.num_workers (2), got 3."),
         ("train.min_workers=1", "train.cpus_per_worker must be a whole number with train.min_workers"),
         ("train.micro_batch_size=0", "train.micro_batch_size must be at least 1, got 0."),
-        ("train.num_best_kept=-1", "train.num_best_kept must be at least 0, got -1."),
+        ("train.num_best_kept=1", "config key train.num_best_kept is of an earlier release."),
         ("optim.weight_decay=Infinity", "optim.weight_decay must be a finite number, got inf."),
         ("inference.tile=64", "inference.tile must exceed inference.overlap by at least"),
         ("train.use_gpu=yes", "train.use_gpu must be true or false, got 'yes'."),

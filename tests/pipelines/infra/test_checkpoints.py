@@ -31,9 +31,8 @@ def state() -> TrainState:
     return build_state(filled_model(), OPTIM)
 
 
-def save(writer: CheckpointWriter, state: TrainState, step: int, lpips: float | None = None) -> None:
-    metrics = {} if lpips is None else {"lpips": lpips}
-    writer.save(state, CONFIG, {"step": step, "metrics": metrics})
+def save(writer: CheckpointWriter, state: TrainState, step: int) -> None:
+    writer.save(state, CONFIG, {"step": step})
 
 
 def folders(run_uri: str) -> list[str]:
@@ -63,7 +62,7 @@ def test_the_newest_is_the_last_complete_one(store: Store) -> None:
 def test_what_is_saved_is_the_state_of_that_moment(store: Store, state: TrainState) -> None:
     run_uri = store({}) + "/run"
     expected = {name: value.clone() for name, value in state_tensors(state).items()}
-    writer = CheckpointWriter(run_uri, num_kept=1, num_best_kept=0)
+    writer = CheckpointWriter(run_uri)
     save(writer, state, 7)
     with torch.no_grad():
         for p in state.model.parameters():
@@ -78,13 +77,19 @@ def test_what_is_saved_is_the_state_of_that_moment(store: Store, state: TrainSta
     assert [name for name in stored if not torch.equal(stored[name], expected[name])] == []
 
 
-def test_the_last_and_the_best_stay_and_what_was_begun_goes(store: Store, state: TrainState) -> None:
+def test_what_was_begun_goes_and_scores_are_added_to_what_is_known(store: Store, state: TrainState) -> None:
     run_uri = store({"run/checkpoint_000000001-dead/model.safetensors": b"cut"}) + "/run"
-    writer = CheckpointWriter(run_uri, num_kept=2, num_best_kept=1)
-    for step, lpips in ((2, 0.4), (3, 0.2), (4, 0.3), (5, None), (6, 0.5)):
-        save(writer, state, step, lpips)
+    writer = CheckpointWriter(run_uri)
+    for step in (2, 3):
+        save(writer, state, step)
     writer.wait()
-    assert [int(name.split("_")[1].split("-")[0]) for name in folders(run_uri)] == [3, 5, 6]
+    assert [int(name.split("_")[1].split("-")[0]) for name in folders(run_uri)] == [2, 3]
+    found = find(run_uri)
+    assert found.meta == {"step": 3}
+    write_bytes(f"{found.uri}/scores.json", b'{"metrics": {"lpips": 0.25}}')
+    assert find(run_uri).meta == {"step": 3, "metrics": {"lpips": 0.25}}
+    with fetched(found.uri) as folder:
+        assert checkpoint.read_manifest(folder).meta == find(run_uri).meta
 
 
 @contextmanager
@@ -100,7 +105,7 @@ def small_files_only() -> Iterator[None]:
 
 def test_a_full_disk_is_told_and_leaves_nothing_behind(store: Store, state: TrainState) -> None:
     run_uri = store({}) + "/run"
-    writer = CheckpointWriter(run_uri, num_kept=1, num_best_kept=0)
+    writer = CheckpointWriter(run_uri)
     with small_files_only():
         save(writer, state, 3)
         with pytest.raises(StoreError, match=r"checkpoint of step 3 cannot be written to .*point TMPDIR to"):
@@ -113,7 +118,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(store: Store, state: Trai
 
 def test_a_reader_sees_all_of_a_checkpoint_or_none(store: Store, state: TrainState) -> None:
     run_uri = store({}) + "/run"
-    writer = CheckpointWriter(run_uri, num_kept=1, num_best_kept=0)
+    writer = CheckpointWriter(run_uri)
     done = threading.Event()
     seen = set()
 
@@ -134,7 +139,7 @@ def test_a_reader_sees_all_of_a_checkpoint_or_none(store: Store, state: TrainSta
 
 def test_a_damaged_checkpoint_is_named(store: Store, state: TrainState) -> None:
     run_uri = store({}) + "/run"
-    writer = CheckpointWriter(run_uri, num_kept=1, num_best_kept=0)
+    writer = CheckpointWriter(run_uri)
     save(writer, state, 1)
     writer.wait()
     uri = find(run_uri).uri

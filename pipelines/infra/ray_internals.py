@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.train
+
+from .storage import open_uri, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,25 @@ def train_helpers_find_cluster() -> Iterator[None]:
         del os.environ["RAY_ADDRESS"]
         if before is not None:
             os.environ["RAY_ADDRESS"] = before
+
+
+def forget_lost_checkpoints(run_uri: str) -> None:
+    """Deletes Ray Train's list of a run's checkpoints if it names one that is gone, or does not read.
+
+    With such a list Ray Train refuses to start, although a run resumes from what is in storage, not from the
+    list. Checkpoints are gone when somebody has made room, and a list of another release may not read. Ray's
+    public `Result.from_path` finds out, but the error's class and the name of the file are private.
+    """
+    file_system, folder = open_uri(run_uri)
+    try:
+        ray.train.Result.from_path(folder, file_system)
+    except RuntimeError:
+        return  # there is no list
+    except Exception as error:
+        if type(error).__name__ != "CheckpointManagerInitializationError":
+            raise
+        with storage_errors(run_uri):
+            file_system.delete_file(f"{folder}/checkpoint_manager_snapshot.json")
 
 
 def keep_secrets_out_of_trials() -> None:

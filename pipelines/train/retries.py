@@ -12,7 +12,7 @@ from ctmsr.errors import StoreError, UserError
 from ..config.run_config import RunConfig
 from ..infra.checkpoints import newest
 from ..infra.exit_status import first_cause, one_line
-from ..infra.ray_internals import keyboard_interrupt, train_helpers_find_cluster
+from ..infra.ray_internals import forget_lost_checkpoints, keyboard_interrupt, train_helpers_find_cluster
 
 
 def fit(
@@ -33,6 +33,7 @@ def fit(
     not_finite.set(0, {"run": config.name})
     while True:
         before = steps_done(config)
+        forget_lost_checkpoints(config.run_uri)
         try:
             with keyboard_interrupt(), train_helpers_find_cluster():
                 make_trainer().fit()

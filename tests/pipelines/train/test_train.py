@@ -11,18 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import ray.train
 import torch
 from ray.util.state import list_tasks
 
 from ctmsr.config import to_dict
 from ctmsr.errors import UserError
+from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.model import checkpoint
 from ctmsr.model.inference import upscale
+from ctmsr.model.network import ConsistencyModel
+from ctmsr.training.state import build_state, restore_state
+from ctmsr.training.step import Batch, train_step
 from pipelines.data.held_out import HeldOut, find_held_out
 from pipelines.data.pictures import find_pictures
 from pipelines.evaluate.__main__ import main as evaluate_main
 from pipelines.evaluate.run import evaluate
 from pipelines.infra.checkpoints import fetched, find, newest
+from pipelines.infra.storage import open_uri
 from pipelines.register.__main__ import main as register_main
 from pipelines.tracking.models import load_model
 from pipelines.tracking.runs import connect
@@ -97,6 +103,33 @@ def test_a_finished_run_started_again_ends_at_once(
     starts = ["reading", "5", "PSNR-Y", "bicubic", "first", "checkpoint:", "next:"]
     assert [line.split()[0] for line in lines] == starts
     assert lines[1] == "5 pictures to train on, 5 held out"
+
+
+def test_ray_s_public_api_finds_the_checkpoints_and_a_plain_script_goes_on(trained: Trained) -> None:
+    file_system, folder = open_uri(trained.config.run_uri)
+    result = ray.train.Result.from_path(folder, file_system)
+    assert result.checkpoint
+    assert trained.outcome.checkpoint_uri.endswith(result.checkpoint.path)
+    assert result.metrics == trained.outcome.metrics | {
+        "step": TOTAL_STEPS,
+        "minus_lpips": -trained.outcome.metrics["lpips"],
+    }
+    assert result.best_checkpoints
+    lpips = {metrics["step"]: metrics["lpips"] for _, metrics in result.best_checkpoints}
+    best = result.get_best_checkpoint("lpips", "min")
+    assert sorted(lpips) == [4, 8, 12]
+    assert best
+    with best.as_directory() as copy:
+        model, manifest = checkpoint.load_model(Path(copy))
+        saved = checkpoint.load_train_state(Path(copy))
+    assert manifest.meta["metrics"]["lpips"] == min(lpips.values())
+    state = build_state(ConsistencyModel(model.config), trained.config.optim)
+    restore_state(state, model, saved)
+    hr_u8 = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    batch = Batch(hr_u8, hr_u8[:, ::4, ::4], samples=[0, 1], keys=["a", "b"], share=1.0)
+    losses = train_step(state, batch, trained.config.recipe, load_lpips("vgg"))
+    assert losses["loss"].isfinite()
+    assert state.global_step == manifest.meta["step"] + 1
 
 
 def test_evaluate_compares_the_run_with_bicubic(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:

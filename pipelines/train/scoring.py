@@ -89,8 +89,9 @@ def score_checkpoint(uri: str, loop: Loop, val: Pictures) -> dict[str, Any]:
         return manifest.meta
     evaluation = _evaluated(config, model, val)
     scores = {"metrics": evaluation.means, LPIPS_BY_PICTURE: evaluation.by_picture("lpips")}
-    write_bytes(f"{uri}/{checkpoint.SCORES_FILE}", (json.dumps(scores, indent=1) + "\n").encode())
     _report(config, loop, manifest.meta["step"], evaluation)
+    # Last: a search may stop a trial, and this task with it, as soon as it finds the scores.
+    write_bytes(f"{uri}/{checkpoint.SCORES_FILE}", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
 
 

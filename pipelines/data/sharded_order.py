@@ -1,9 +1,9 @@
 """An order of pictures in shards in which a task reads neighbours, so that a request brings many of them.
 
-An epoch cuts the set into runs of neighbours, beginning at a random picture, and shuffles the runs. The batch
-has a reader for every four of its samples: at the first step, readers stand at even distances in the shuffled
-runs; at every step, each reads the next four pictures. So a batch mixes pictures from all over the set, and a
-task, which makes the same slots of the batch for some steps, reads on and on in a few places.
+An epoch cuts the set into runs of neighbours, beginning at a random picture, and shuffles the runs. Every four
+samples of the batch, or eight, have a reader: at the first step, readers stand at even distances in the
+shuffled runs; at every step, each reads its next pictures. So a batch mixes pictures from all over the set,
+and a task, which makes the same slots of the batch for some steps, reads on and on in a few places.
 
 Everything is computed from the seed and the number of a sample, in memory that does not depend on the set.
 """
@@ -16,8 +16,8 @@ _RUN_PICTURES = 256
 """Length of a run: few tasks come to its end."""
 _MIN_RUNS = 32
 """Small sets are cut into shorter runs, or there would be nothing to shuffle."""
-_READER_WIDTH = 4
-"""Samples of a batch that are neighbours."""
+_WIDTH, _WIDTH_OF_LARGE, _LARGE = 4, 8, 64
+"""Samples of a batch that are neighbours; more of them in large batches, which have many readers."""
 
 
 def sharded(seed: int, samples: np.ndarray, n: int, batch: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def _places(samples: np.ndarray, epochs: np.ndarray, n: int, batch: int) -> np.n
     steps, slots = np.divmod(samples, batch)
     first = -(-epochs * n // batch)  # step that is the first to be wholly in the epoch
     num_steps = np.maximum(0, (epochs + 1) * n // batch - first)
-    num_readers = -(-batch // _READER_WIDTH)
+    num_readers = -(-batch // (_WIDTH if batch < _LARGE else _WIDTH_OF_LARGE))
     bounds = np.arange(num_readers + 1) * batch // num_readers  # slots of reader r: bounds[r]..bounds[r + 1]
     reader = np.searchsorted(bounds, slots, side="right") - 1
     width = bounds[reader + 1] - bounds[reader]

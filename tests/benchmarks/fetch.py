@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from pipelines.infra import s3
 from pipelines.infra.s3 import s3_client
 from pipelines.infra.storage import open_uri, read_bytes, read_range
 
@@ -65,6 +66,7 @@ def main() -> None:
     for number in range(16):
         client.put_object(Bucket="photos", Key=f"{number}.jpg", Body=data)
     file_system, root = open_uri("s3://photos")
+    store = s3._store("photos")
 
     def by_pyarrow(key: str) -> bytes:
         with file_system.open_input_file(f"{root}/{key}") as file:
@@ -73,6 +75,7 @@ def main() -> None:
     forms: dict[str, Callable[[str], bytes]] = {
         "pyarrow": by_pyarrow,
         "boto3": lambda key: client.get_object(Bucket="photos", Key=key)["Body"].read(),
+        "obstore": lambda key: bytes(store.get(key).bytes()),
         "read_bytes": lambda key: read_bytes(file_system, f"{root}/{key}"),
         "read_range": lambda key: read_range(file_system, f"{root}/{key}", 0, len(data)),
     }

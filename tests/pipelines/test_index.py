@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pipelines.data.pictures import find_pictures
 from pipelines.index.__main__ import main as index
 from pipelines.infra.storage import write_bytes
 from tests.conftest import S3
+from tests.support.child import Child
 from tests.support.keys import keys_of
 from tests.support.malformed import Corpus, bad, good
 from tests.support.repository import ROOT
@@ -110,6 +112,38 @@ def test_a_scan_goes_on_where_it_stopped_and_sees_what_is_new(
     grown = find_pictures(f"{folder}.index")
     assert len(grown) == len(before) + 1
     assert grown.version != before.version
+
+
+@pytest.mark.slow
+def test_a_scan_killed_twice_ends_with_the_same_index(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for number in range(2500):
+        pixels = draw.integers(0, 256, (96, 96, 3), np.uint8)
+        write_bytes(f"{tmp_path}/photos/{number % 7}/{number}.png", encode_png(pixels))
+    killed, whole = tmp_path / "killed.index", tmp_path / "whole.index"
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.index",
+        f"{tmp_path}/photos",
+        "--near-duplicates",
+        "0",
+        "--out",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    num_parts = 0
+    for _ in range(2):
+        with Child([*command, str(killed)], environment, tmp_path / "log") as scan:
+            while len(list(killed.glob("parts/*.parquet"))) <= num_parts:
+                assert scan.status() is None, scan.printed()
+                time.sleep(0.02)
+        assert not (killed / "summary.json").exists()
+        num_parts = len(list(killed.glob("parts/*.parquet")))
+    assert index([f"{tmp_path}/photos", "--near-duplicates", "0", "--out", str(killed)]) == 0
+    assert len(list(killed.glob("parts/*.parquet"))) > num_parts
+    assert index([f"{tmp_path}/photos", "--near-duplicates", "0", "--out", str(whole)]) == 0
+    assert find_pictures(str(killed)).version == find_pictures(str(whole)).version
+    assert quarantine(killed) == quarantine(whole)
 
 
 def test_a_bucket_gives_the_index_of_a_folder_and_trains_as_one(

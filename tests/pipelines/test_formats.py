@@ -29,7 +29,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("release")
     with tarfile.open(FIXTURES / "release_0_1/world.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    for name in ("mlflow.sql", "photos.index/summary.json"):
+    for name in ("mlflow.sql", "photos.index/summary.json", "tars.index/summary.json"):
         file = folder / name
         file.write_text(file.read_text().replace("/release-0.1", str(folder)))
     sqlite3.connect(folder / "mlflow.db").executescript((folder / "mlflow.sql").read_text()).close()
@@ -41,8 +41,12 @@ def uri(world: Path) -> str:
     return f"sqlite:///{world}/mlflow.db"
 
 
-def test_an_index_of_release_0_1_is_read(world: Path) -> None:
-    assert keys_of(find_pictures(f"{world}/photos.index")) == ["astronaut.jpg", "coffee.jpg"]
+@pytest.mark.parametrize(("name", "number"), [("photos", 1), ("tars", 2)])
+def test_an_index_of_release_0_1_is_read(world: Path, name: str, number: int) -> None:
+    index = f"{world}/{name}.index"
+    assert json.loads(Path(index, "summary.json").read_text())["format"] == number
+    names = {key.rpartition("/")[2] for key in keys_of(find_pictures(index))}
+    assert names == {"astronaut.jpg", "coffee.jpg"}
 
 
 def test_the_checkpoint_of_release_0_1_is_read() -> None:

@@ -1,7 +1,7 @@
 """An order of pictures in shards in which a task reads neighbours, so that a request brings many of them.
 
-An epoch cuts the set into runs of neighbours, beginning at a random picture, and shuffles the runs. Every four
-samples of the batch, or eight, have a reader: at the first step, readers stand at even distances in the
+An epoch cuts the set into runs of neighbours, beginning at a random picture, and shuffles the runs. Every
+four samples of the batch, or eight, have a reader: at the first step, readers stand at even distances in the
 shuffled runs; at every step, each reads its next pictures. So a batch mixes pictures from all over the set,
 and a task, which makes the same slots of the batch for some steps, reads on and on in a few places.
 

@@ -16,6 +16,7 @@ BENCHMARKS_OF_PIPELINES = {
     "store",
     "stream",
     "shards",
+    "executor",
     "memory",
     "scale",
     "checkpointing",

@@ -1,4 +1,4 @@
-"""Training on tars and Parquet files in a bucket, through the commands and Ray, as users do."""
+"""Training on tars and Parquet files in a bucket, through the commands and Ray; unit tests have folders."""
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from pipelines.data.stream import check_images, train_stream, val_samples
 from pipelines.index.__main__ import main as index
 from pipelines.infra.storage import open_uri
 from pipelines.train.run import check_inputs
-from tests.conftest import S3, Store
+from tests.conftest import S3
 from tests.support.keys import keys_of
 from tests.support.runs import run_config
 from tests.support.shards import parquet_of, tar_of
@@ -23,7 +23,7 @@ BATCH = 8
 LOOK: dict[str, Any] = {"hr_crop_size": 64, "scale": 4, "degradation": DegradationConfig()}
 
 
-def indexed_shards(store: Store, photos: dict[str, bytes]) -> Pictures:
+def indexed_shards(s3: S3, photos: dict[str, bytes]) -> Pictures:
     """Five photographs in two tars, beside captions, and a Parquet file."""
     names = sorted(photos)
     captions = {f"{name}.txt": b"caption" for name in names}
@@ -33,7 +33,7 @@ def indexed_shards(store: Store, photos: dict[str, bytes]) -> Pictures:
         "1.tar": tar_of(captions | some[1], tarfile.GNU_FORMAT),
         "2.parquet": parquet_of(some[2]),
     }
-    uri = store({f"shards/{name}": data for name, data in shards.items()})
+    uri = s3.make_bucket("shards", {f"shards/{name}": data for name, data in shards.items()})
     assert index([f"{uri}/shards"]) == 0
     return find_pictures(f"{uri}/shards.index")
 
@@ -63,9 +63,9 @@ def samples(pictures: Pictures, skip: int, num_workers: int) -> dict[int, tuple[
 
 
 def test_shards_are_indexed_and_streamed_on_any_workers(
-    ray_session: None, store: Store, photos: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+    ray_session: None, s3: S3, photos: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures = indexed_shards(store, photos)
+    pictures = indexed_shards(s3, photos)
     assert "5 pictures indexed, 0 quarantined, 10 other files" in capsys.readouterr().out
     keys = keys_of(pictures)
     assert [key.partition("/")[0] for key in keys] == [*["0.tar"] * 2, *["1.tar"] * 2, "2.parquet"]

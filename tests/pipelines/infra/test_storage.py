@@ -2,8 +2,10 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from ctmsr.errors import DataError
 from pipelines.infra.listing import list_images
 from pipelines.infra.storage import download_folder, open_uri, read_bytes, read_range, write_bytes
 from tests.conftest import S3, Store
+
+TOKEN = "x-amz-security-token"
 
 
 @pytest.fixture
@@ -131,6 +135,41 @@ def test_credentials_that_the_store_does_not_know(s3: S3) -> None:
     ):
         list_images(uri)
     assert len(list_images(uri).files) == 1
+
+
+def test_a_public_bucket_is_read_without_a_signature(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[str, str, str | None]] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers.get("Authorization", ""), self.headers.get(TOKEN)))
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"1")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}/")
+        file_system, root = open_uri("s3://public/photos")
+        assert read_bytes(file_system, f"{root}/a.png") == b"1"
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-id")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+        assert read_bytes(file_system, f"{root}/b.png") == b"1"
+        server.shutdown()
+    assert seen[0] == ("/public/photos/a.png", "", None)
+    path, signature, token = seen[1]
+    assert (path, token) == ("/public/photos/b.png", "token")
+    assert signature.startswith("AWS4-HMAC-SHA256 Credential=key-id/")
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://host"])

@@ -12,10 +12,14 @@ import pytest
 from PIL import Image
 
 from ctmsr.metrics.scoring import Evaluation
+from pipelines.data.held_out import find_held_out
+from pipelines.evaluate.run import log_scores
+from pipelines.infra.storage import write_bytes
 from pipelines.tracking.evaluations import PictureSet, log_evaluation, log_sets
 from pipelines.tracking.runs import connect, ensure_experiment, preflight, tracked_run
 from tests.support.registering import register_stated, write_checkpoint
-from tests.support.runs import sets_of
+from tests.support.runs import changed, run_config, sets_of
+from tests.support.runs import write_checkpoint as write_trained
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +87,28 @@ def test_runs_that_start_at_once_all_name_the_same_pictures(uri: str) -> None:
     with ThreadPoolExecutor(len(runs)) as threads:
         list(threads.map(log, runs))
     assert {sets_of(client.get_run(run_id))["training"].digest for run_id in runs} == {"cafe"}
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_an_evaluation_is_told_to_the_run_or_else_warned_of(
+    is_up: bool, uri: str, photos: dict[str, bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, data in photos.items():
+        write_bytes(f"{tmp_path}/photos/{name}", data)
+    config = changed(
+        run_config(str(tmp_path), tmp_path, f"experiment=told-{is_up}"),
+        f"tracking_uri={uri if is_up else 'http://127.0.0.1:9'}",
+    )
+    write_trained(config, checkpoint_uri := f"{config.run_uri}/checkpoint_000000003-00000000")
+    experiment_id, tags = ensure_experiment(uri, config.experiment), {"storage": config.run_uri}
+    with tracked_run(uri, experiment_id, config.name, params={}, tags=tags) as run_id:
+        pass
+    held_out, scores = find_held_out(config.data), {"key": "a", "lpips": 0.3, "bicubic_lpips": 0.5}
+    log_scores(config, checkpoint_uri, held_out, Evaluation([scores], np.zeros((8, 8, 3), np.uint8)))
+    told = connect(uri).get_run(run_id)
+    if is_up:
+        assert told.data.metrics == {"test_lpips": 0.3, "test_bicubic_lpips": 0.5}
+        assert sets_of(told)["evaluation"].digest == held_out.version(config)
+    else:
+        assert told.data.metrics == {}
+        assert "the MLflow server http://127.0.0.1:9 does not answer" in caplog.text

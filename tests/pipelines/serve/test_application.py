@@ -92,7 +92,7 @@ def test_a_second_replica_starts_when_pictures_wait(registry: str, ray_session: 
 
     def replicas() -> int:
         status = serve.status().applications["upscale"].deployments["upscaler"]
-        return int(status.replica_states.get("RUNNING", 0))
+        return sum(number for state, number in status.replica_states.items() if state == "RUNNING")
 
     until = time.monotonic() + 240
     with serving(served, find(served), host="127.0.0.1", port=free_port()) as url:

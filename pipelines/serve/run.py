@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from .guard import PROXY_ENV
 _SPARE_S = 30
 """Ray's own time limit comes after that of the application, whose answer says more."""
 _KEEP_ALIVE_S = 10
+_NAME = "upscale"
 
 
 @contextmanager
@@ -63,10 +65,18 @@ def serving(arguments: Arguments, found: Released, *, host: str, port: int) -> I
 
 def _deploy(application: serve.Application, found: Released) -> None:
     try:
-        serve.run(application, name="upscale")
-    except RuntimeError as error:  # its text is the traceback of the replica
-        said = [line for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-        raise UserError(f"Ray Serve cannot start {found.uri}: {said[-1].strip()}") from error
+        serve.run(application, name=_NAME)
+    except RuntimeError as error:
+        raise UserError(f"Ray Serve cannot start {found.uri}: {_reason(error)}") from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last error in the tracebacks of the replicas, which Ray keeps with the state of the deployments."""
+    application = serve.status().applications.get(_NAME)
+    replicas = [deployment.message for deployment in application.deployments.values()] if application else []
+    lines = [line.strip() for text in (str(error), *replicas) for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (errors or lines or ["no reason given"])[-1]
 
 
 def _check_port(host: str, port: int) -> None:

@@ -16,6 +16,7 @@ import requests
 import yaml
 from ray import serve
 
+from ctmsr.errors import UserError
 from ctmsr.image import encode_png
 from pipelines.serve.application import Arguments, find
 from pipelines.serve.run import serving
@@ -77,6 +78,16 @@ def test_serve_run_serves_it_with_typed_arguments(registry: str, tmp_path: Path)
         answer = requests.post(f"{url}/upscale", data=encode_png(PICTURE), headers=shown, timeout=60)
         assert (answer.status_code, answer.headers["X-Model-Version"]) == (200, "models:/toy/1")
     assert TOKEN not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_token_that_the_nodes_lack_is_told(
+    registry: str, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CTMSR_SERVE_TOKEN", raising=False)
+    served = Arguments(model="models:/toy/1", tracking_uri=registry, needs_token=True)
+    with pytest.raises(UserError, match=r"cannot start models:/toy/1: .*CTMSR_SERVE_TOKEN must hold"):
+        serving(served, find(served), host="127.0.0.1", port=free_port()).__enter__()
 
 
 @pytest.mark.slow

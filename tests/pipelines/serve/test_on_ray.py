@@ -92,6 +92,12 @@ def test_a_second_server_on_a_cluster_is_told_at_once(url: str, registry: str) -
         serving(served, find(served), host="127.0.0.1", port=free_port()).__enter__()
 
 
+def test_the_port_of_a_running_server_is_taken(url: str, registry: str) -> None:
+    served, port = arguments(registry), int(url.rpartition(":")[2])
+    with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1, port {port} .*--port"):
+        serving(served, find(served), host="127.0.0.1", port=port).__enter__()
+
+
 def test_a_port_that_is_taken_is_told_at_once(registry: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, served = taken.getsockname()[1], arguments(registry)

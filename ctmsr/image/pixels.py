@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 from PIL.ImageFile import ImageFile
 
 from ..errors import PictureError
@@ -21,6 +22,8 @@ _DEEP = re.compile(r"(RGB|RGBA|RGBX|RGBa|[RGBA]);16[BLN]")
 _DEEP_GREY_ALPHA = "LA;16B"
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _COLOURS = ("L", "RGB", "CMYK", "LAB")
+_STRIP_PX = 2**15
+"""Pixels copied at a time: few enough to stay in a core's cache."""
 _BITS_PER_SAMPLE, _PLANES, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 284, 262, 0  # of TIFF
 
 
@@ -56,15 +59,30 @@ def file_pixels(image: ImageFile, reopen: Callable[[], ImageFile], name: str) ->
             "mode",
         )
     upright = _plain(upright)
-    pixels = np.array(upright)
-    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
-    return pixels, upright.mode.removesuffix("A")
+    return _bytes_of(upright), upright.mode.removesuffix("A")
 
 
 def _upright(image: ImageFile) -> Image.Image:
     image.load()
     drop_long_exif(image)
+    if image.getexif().get(Base.Orientation, 1) not in range(2, 9):
+        return image  # of which `exif_transpose` would make a copy
     return ImageOps.exif_transpose(image)
+
+
+def _bytes_of(image: Image.Image) -> np.ndarray:
+    """uint8 (height, width, channels), writable.
+
+    In strips: `np.array(image)` copies the whole of a large picture three times, each time to fresh memory,
+    and takes longer than decoding it did.
+    """
+    width, height = image.size
+    pixels = np.empty((height, width, len(image.getbands())), np.uint8)
+    num_rows = max(1, _STRIP_PX // width)
+    for top in range(0, height, num_rows):
+        bottom = min(top + num_rows, height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, width, bottom))).reshape(bottom - top, width, -1)
+    return pixels
 
 
 def _rawmodes(image: ImageFile) -> set[str]:

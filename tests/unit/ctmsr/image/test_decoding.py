@@ -45,6 +45,16 @@ def test_png_round_trip_is_exact_and_the_result_is_writable() -> None:
     assert decoded.flags.writeable
 
 
+@pytest.mark.parametrize("size", [(301, 407), (3, 50_000), (50_000, 1), (181, 182)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_large_pictures_are_whole(size: tuple[int, int], mode: str) -> None:
+    """Their pixels are copied in strips."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).convert(mode)
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    np.testing.assert_array_equal(decode(file.getvalue(), name="x"), np.array(picture.convert("RGB")))
+
+
 def test_exif_orientation_is_applied() -> None:
     image_u8 = np.zeros((16, 32, 3), np.uint8)
     image_u8[:, :16] = 255  # left half white

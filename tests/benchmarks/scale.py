@@ -3,7 +3,8 @@
 `python -m tests.benchmarks.scale` writes synthetic indexes and measures, each in a process of its own: memory
 of the process that plans a training stream, size of the plan that is sent to others, and the time until the
 first batch comes out of Ray Data, whose rows are empty, as there are no such pictures; then time and memory
-to write an index from the results of a scan. The ratio is the planner's memory, large over small.
+to write an index from the results of a scan, and to find near-duplicates. The ratio is the planner's memory,
+large over small.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pipelines.data.pictures import SUMMARY_FILE, find_pictures
 from pipelines.data.sample_order import SampleOrder
 from pipelines.data.stream import train_stream
 from pipelines.index.merge import merge
+from pipelines.index.near import keepers
 from pipelines.index.scan import SCHEMA, Settings, write_table
 from pipelines.infra.cluster import ray_cluster
 
@@ -125,6 +127,19 @@ def merged(folder: str) -> dict[str, float]:
     return {"pictures": summary["pictures"], "written, s": time.monotonic() - started, "peak, MB": peak_mb()}
 
 
+def alike(number: str) -> dict[str, float]:
+    """Finds the near-duplicates among as many hashes, of which one in a hundred is two bits from another."""
+    draw = np.random.default_rng(0)
+    hashes = draw.integers(0, 2**64, int(number), np.uint64)
+    again = len(hashes) // 100
+    bits = np.uint64(1) << draw.integers(0, 64, (2, again), np.uint64)
+    hashes[-again:] = hashes[:again] ^ bits[0] ^ bits[1]
+    before, started = peak_mb(), time.monotonic()
+    found = np.count_nonzero(keepers(hashes, 2) != np.arange(len(hashes)))
+    took = {"compared, s": time.monotonic() - started, "for that, peak, MB": peak_mb() - before}
+    return {"near-duplicates": float(found)} | took
+
+
 def apart(what: str, place: str) -> dict[str, float]:
     """One of the above, in a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.scale", "--measure", what, place]
@@ -142,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         what, place = arguments.measure
-        print(json.dumps({"plan": plan, "merged": merged}[what](place)))
+        print(json.dumps({"plan": plan, "merged": merged, "alike": alike}[what](place)))
         return
     with tempfile.TemporaryDirectory() as folder:
         figures = []
@@ -153,7 +168,8 @@ def main() -> None:
             print(f"{name:28}" + "".join(f"{one[name]:>14.2f}" for one in figures))
         print(f"ratio {figures[1]['planner, MB'] / figures[0]['planner, MB']:.3f}")
         write_parts(Path(folder, "written.index"), arguments.written)
-        for name, value in apart("merged", f"{folder}/written.index").items():
+        written = apart("merged", f"{folder}/written.index") | apart("alike", str(arguments.written))
+        for name, value in written.items():
             print(f"{name:28}{value:>14.1f}")
 
 

@@ -4,9 +4,12 @@ import logging
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from filelock import FileLock
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
@@ -38,11 +41,10 @@ def serving(arguments: Arguments, found: Released, *, host: str, port: int) -> I
     Raises:
         UserError: The port is taken, the cluster runs Ray Serve already, or the model cannot be served.
     """
-    _check_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name, value in PROXY_ENV.items():
         os.environ.setdefault(name, value)
-    with ray_cluster():
+    with _own_port(host, port), ray_cluster():
         if serve.status().proxies:
             raise UserError(
                 "Ray Serve already runs on this cluster, on a port of its own. Add the model to its config "
@@ -79,14 +81,26 @@ def _reason(error: RuntimeError) -> str:
     return (errors or lines or ["no reason given"])[-1]
 
 
-def _check_port(host: str, port: int) -> None:
-    """Fails at once if the port is taken; Ray Serve itself would keep retrying."""
+@contextmanager
+def _own_port(host: str, port: int) -> Iterator[None]:
+    """Keeps other servers from a port for the duration of a `with` block.
+
+    Fails at once if the port is taken; Ray Serve itself would keep retrying. Two servers of a user that start
+    together would share it, as Ray's proxies set SO_REUSEPORT; so there is a lock as well.
+    """
     if os.environ.get("RAY_ADDRESS", "local") != "local":
-        return  # the port is on another machine
+        yield  # the port is on another machine
+        return
+    lock = FileLock(Path(tempfile.gettempdir(), f"ctmsr-serve-{os.getuid()}-{port}.lock"), timeout=0)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
-    except OSError as error:
+        lock.acquire()
+    except OSError as error:  # of which Timeout is one
         raise UserError(
             f"cannot listen on {host}, port {port} ({error}). Choose others with --host and --port."
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()

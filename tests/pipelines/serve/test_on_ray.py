@@ -19,7 +19,7 @@ from ctmsr.image import decode, encode_png
 from ctmsr.model.inference import upscale
 from ctmsr.model.network import ConsistencyModel
 from pipelines.serve.application import Arguments, find
-from pipelines.serve.run import serving
+from pipelines.serve.run import _own_port, serving
 from tests.support.servers.ray_nodes import free_port
 from tests.support.serving import PICTURE
 
@@ -95,6 +95,12 @@ def test_a_second_server_on_a_cluster_is_told_at_once(url: str, registry: str) -
 def test_the_port_of_a_running_server_is_taken(url: str, registry: str) -> None:
     served, port = arguments(registry), int(url.rpartition(":")[2])
     with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1, port {port} .*--port"):
+        serving(served, find(served), host="127.0.0.1", port=port).__enter__()
+
+
+def test_of_two_servers_that_start_together_one_is_told(registry: str) -> None:
+    served, port = arguments(registry), free_port()
+    with _own_port("127.0.0.1", port), pytest.raises(UserError, match=r"cannot listen on .*lock"):
         serving(served, find(served), host="127.0.0.1", port=port).__enter__()
 
 

@@ -13,12 +13,14 @@ from tests.support.repository import ROOT
 PACKAGES = {"cluster", "pipelines", "ctmsr"}
 INFRASTRUCTURE = {"ray", "mlflow", "boto3", "botocore", "pyarrow"}
 BENCHMARKS_OF_PIPELINES = {
+    "fetch",
     "store",
     "stream",
     "shards",
     "executor",
     "memory",
     "scale",
+    "scoring",
     "checkpointing",
     "train_rate",
     "upscale",

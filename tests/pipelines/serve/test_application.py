@@ -92,7 +92,7 @@ def test_a_token_that_the_nodes_lack_is_told(
 
 @pytest.mark.slow
 def test_a_second_replica_starts_when_pictures_wait(registry: str, ray_session: None) -> None:
-    served = Arguments(model="models:/toy/1", tracking_uri=registry, max_replicas=2)
+    served = Arguments(model="models:/toy/1", tracking_uri=registry, max_replicas=2, timeout=20)
     picture = encode_png(np.zeros((700, 700, 3), np.uint8))
 
     def send(url: str) -> set[int]:

@@ -24,6 +24,8 @@ from tests.support.serving import PICTURE
 
 SECONDS = 45
 PAGE_S, PICTURE_S = 1.0, 5.0
+TIMEOUT_S = 20
+"""Ray Serve waits as long for pictures before it ends."""
 MAX_BYTES = 3 * 2**30
 
 
@@ -74,7 +76,7 @@ def descendants(process: int) -> list[int]:
 
 @pytest.fixture
 def url(registry: str, ray_session: None) -> Iterator[str]:
-    served = Arguments(model="models:/toy/1", tracking_uri=registry)
+    served = Arguments(model="models:/toy/1", tracking_uri=registry, timeout=TIMEOUT_S)
     with serving(served, find(served), host="127.0.0.1", port=free_port()) as url:
         yield url
 

@@ -48,7 +48,8 @@ ALL_STEPS = CT_STEPS + DTM_STEPS
 def base(ray_session: None, bucket: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Both phases, each step logged, a checkpoint every third, a fifth of the published run's learning rate.
 
-    Larger ones turn the last bits in which two groupings round into 1e-4 soon: AdamW makes whole steps of them.
+    Larger ones turn the last bits in which two groupings round into 1e-4 soon, as AdamW makes whole steps of
+    them.
     """
     settings = [f"optim.ct_steps={CT_STEPS}", f"optim.dtm_steps={DTM_STEPS}", "optim.dtm_refresh_steps=5"]
     settings += ["train.log_every_steps=1", "train.checkpoint_every_steps=3", "train.max_failures=3"]

@@ -74,7 +74,7 @@ class DataConfig:
 class TrainConfig:
     """How a run uses the cluster, and how often it reports."""
 
-    REMOVED = ("num_best_kept",)
+    REMOVED = ("num_best_kept",)  # since 0.1: num_checkpoints_kept counts the best
 
     global_batch_size: int = 32
     """Images per update, over all workers."""

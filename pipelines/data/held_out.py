@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,11 @@ class HeldOut:
             what = f"centre {d.eval_crop_size} px of {d.test_uri}, degraded in {d.eval_draws} ways"
         border = f"{d.eval_crop_border} px of border cropped"
         return f"{what}; PSNR, SSIM and NIQE on Y, {border}; LPIPS-alex 0.1 and DISTS on RGB"
+
+
+def of_val(data: DataConfig) -> DataConfig:
+    """The same, with data.val_uri as the set to evaluate on."""
+    return replace(data, test_uri=data.val_uri, test_lq_uri="")
 
 
 def find_held_out(data: DataConfig) -> HeldOut:

@@ -98,7 +98,6 @@ def _num_ignored(shards: list[str], out: str) -> int:
 def _tables(parts: list[str], out: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The rows of all parts, in order, some parts at a time."""
     file_system, _ = open_uri(out)
-
     schema = pa.schema([SCHEMA.field(name) for name in columns or SCHEMA.names])
 
     def read(part: str) -> pa.Table:

@@ -206,9 +206,8 @@ def upload_folder(folder: Path, uri: str, *, last: str) -> None:
         for path in sorted(folder.iterdir()):
             if path.name != last:
                 fs.copy_files(str(path), f"{root}/{path.name}", fs.LocalFileSystem(), file_system)
-    write_bytes(
-        f"{uri}/{last}", (folder / last).read_bytes()
-    )  # atomic, which a copy to a local folder is not
+    # Atomic, which a copy to a local folder is not.
+    write_bytes(f"{uri}/{last}", (folder / last).read_bytes())
 
 
 def delete_folder(uri: str, *, first: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """Scores of registered models and of bicubic on one pinned set of pictures: what a promotion compares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import ray
@@ -12,7 +12,7 @@ from ctmsr.metrics.scoring import Evaluation, score
 from ctmsr.model.device import choose_device
 
 from ..config.run_config import RunConfig
-from ..data.held_out import HeldOut, find_held_out
+from ..data.held_out import HeldOut, find_held_out, of_val
 from ..infra.cluster import check_gpus
 from ..infra.exit_status import root_cause
 from ..tracking.models import load_from
@@ -70,9 +70,7 @@ def find_comparison(config: RunConfig) -> Comparison:
         UserError: There are no pictures, one cannot be read, or a GPU is required and there is none.
     """
     check_gpus(1, use_gpu=config.train.use_gpu)
-    return Comparison(
-        config, find_held_out(replace(config.data, test_uri=config.data.val_uri, test_lq_uri=""))
-    )
+    return Comparison(config, find_held_out(of_val(config.data)))
 
 
 @ray.remote

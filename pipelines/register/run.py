@@ -120,11 +120,7 @@ def register(
             _ensure_model(client, model_name)
             measured, evaluation = _compare(client, tracking_uri, model_name, logged, comparison)
             if comparison and evaluation:
-                pictures = PictureSet(comparison.uri, comparison.set_version, "evaluation")
-                step = int(release.manifest.meta.get("step", 0))
-                log_evaluation(
-                    client, run_id, evaluation, pictures, step=step, prefix="val_", model_id=logged.model_id
-                )
+                _log_scores(client, run_id, logged, release.manifest, comparison, evaluation)
             card = model_card(
                 model_name,
                 release.manifest,
@@ -245,6 +241,20 @@ def _compare(
         {m: own.means[f"bicubic_{m}"] for m in RISES},
     )
     return measured, own
+
+
+def _log_scores(
+    client: MlflowClient,
+    run_id: str,
+    logged: LoggedModel,
+    manifest: Manifest,
+    comparison: Comparison,
+    evaluation: Evaluation,
+) -> None:
+    """Adds the scores to the run, and to the model, by which MLflow's Models tab compares."""
+    pictures = PictureSet(comparison.uri, comparison.set_version, "evaluation")
+    step = int(manifest.meta.get("step", 0))
+    log_evaluation(client, run_id, evaluation, pictures, step=step, prefix="val_", model_id=logged.model_id)
 
 
 def _upload_card(

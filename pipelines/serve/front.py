@@ -13,20 +13,18 @@ import html
 import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from ray.exceptions import RayActorError
-from ray.serve import metrics
 from ray.serve.exceptions import RayServeException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from .guard import Uploads
 from .limits import Limits, Refusal, is_request_id
+from .metrics import Metrics
 from .token import TokenSource
 
 PAGE = Path(__file__).with_name("page.html")
@@ -132,46 +130,6 @@ class Front:
         for name, value in known.items():
             text = text.replace(f"{{{{{name}}}}}", html.escape(value))
         return text
-
-
-class Metrics:
-    """What Ray exports to Prometheus, with `ray_` before each name."""
-
-    def __init__(self) -> None:
-        self._requests = metrics.Counter(
-            "ctmsr_serve_requests", description="Answered requests.", tag_keys=("status",)
-        )
-        self._seconds = metrics.Histogram(
-            "ctmsr_serve_seconds",
-            description="From a request to its answer.",
-            boundaries=[0.1, 0.3, 1, 3, 10, 30, 100],
-            tag_keys=("status",),
-        )
-        self._pixels = metrics.Counter("ctmsr_serve_pixels", description="Upscaled pixels, padded.")
-        self._queue = metrics.Gauge(
-            "ctmsr_serve_queue", description="Pictures that wait for a model, or are with one."
-        )
-        self._num_waiting = 0
-
-    def answered(self, status: int, seconds: float) -> None:
-        """Counts a request."""
-        self._requests.inc(tags={"status": str(status)})
-        self._seconds.observe(seconds, tags={"status": str(status)})
-
-    def upscaled(self, num_pixels: int) -> None:
-        """Counts a picture."""
-        self._pixels.inc(num_pixels)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A `with` block during which one more picture waits."""
-        self._num_waiting += 1
-        self._queue.set(self._num_waiting)
-        try:
-            yield
-        finally:
-            self._num_waiting -= 1
-            self._queue.set(self._num_waiting)
 
 
 def _told(refusal: Refusal) -> Response:

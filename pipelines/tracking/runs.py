@@ -174,13 +174,12 @@ def tracked_run(
     source = {"mlflow.source.git.commit": commit} if commit else {}
     cannot_start = f"cannot start the MLflow run {run_name!r}"
     tags = {**source, **tags, **parent}
+    is_new = run_id is None
     with tracking_errors(cannot_start):
         if run_id is None:
             run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
-            is_new = True
         else:
             client.update_run(run_id, status="RUNNING")
-            is_new = False
     status = "FAILED"
     try:
         with tracking_errors(cannot_start):

@@ -8,7 +8,6 @@ checkpoint in Ray Train's own list.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from ctmsr.model.inference import for_inference, upscale
 from ctmsr.model.network import ConsistencyModel
 
 from ..config.run_config import RunConfig
-from ..data.held_out import HeldOut
+from ..data.held_out import HeldOut, of_val
 from ..data.pictures import Pictures
 from ..infra.checkpoints import LPIPS_BY_PICTURE, complete, fetched
 from ..infra.exit_status import root_cause
@@ -118,7 +117,7 @@ def _evaluated(config: RunConfig, model: ConsistencyModel, val: Pictures) -> Eva
     device, train = choose_device(), config.train
     # Beside workers on GPUs, half of the node's cores are a safe guess; beside workers on CPUs, what one has.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 if train.use_gpu else int(train.cpus_per_worker)))
-    held_out = HeldOut(replace(config.data, test_uri=config.data.val_uri, test_lq_uri=""), val)
+    held_out = HeldOut(of_val(config.data), val)
     return score(
         partial(
             upscale,

@@ -9,7 +9,6 @@ of medians, sharded to memory.
 """
 
 import argparse
-import logging
 import multiprocessing
 import os
 import statistics
@@ -35,7 +34,7 @@ from tests.support.keys import keys_of
 from tests.support.servers.fault_proxy import fault_proxy
 
 from .store import bucket
-from .stream import BATCH, from_memory, from_stream, measure, pin, rate, sample
+from .stream import BATCH, from_memory, from_stream, measure, pin, rate, sample, show, start_ray
 
 SHUFFLED = 1000
 """Samples that webdataset keeps to choose from, as its documents do."""
@@ -144,14 +143,7 @@ def main() -> None:
     pin([last])
     num_warm, num_timed = 480, arguments.images
     with bucket(arguments.photos, arguments.side) as uri:
-        ray.init(
-            address="local",
-            num_cpus=len(cores),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": lambda: pin(cores)},
-        )
+        start_ray(cores)
         indexes = prepare(uri, arguments.tar_mb)
         print(f"{'':18}{'batch':>7}{'requests/sample':>18}{'bytes read/wanted':>20}")
         for line in rows_of_requests(indexes):
@@ -169,13 +161,7 @@ def main() -> None:
         }
         rates = measure(forms, arguments.rounds)
         ray.shutdown()
-    size = sum(map(len, files.values())) / len(files)
-    print(
-        f"{len(cores)} process(es), a core each; JPEG {arguments.side}x{arguments.side}, {size / 1e3:.0f} KB"
-    )
-    print(f"{'':18}{'images/s':>10}{'min':>8}{'max':>8}")
-    for name, values in rates.items():
-        print(f"{name:18}{statistics.median(values):>10.1f}{min(values):>8.1f}{max(values):>8.1f}")
+    show(rates, cores, arguments.side, files)
     sharded = statistics.median(rates["tars, sharded"])
     print(f"ratio {sharded / statistics.median(rates['bytes in memory']):.2f}")
 

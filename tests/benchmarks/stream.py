@@ -167,26 +167,34 @@ def main() -> None:
             "DataLoader": partial(from_loader, uri, keys, cores, num_warm, num_timed),
             "stream": partial(from_stream, pictures, num_warm, num_timed),
         }
-        ray.init(
-            address="local",
-            num_cpus=len(cores),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env={"worker_process_setup_hook": lambda: pin(cores)},
-        )
+        start_ray(cores)
         rates = measure(forms, arguments.rounds)
         ray.shutdown()
-    size = sum(map(len, files.values())) / len(files)
-    print(
-        f"{len(cores)} process(es), a core each; JPEG {arguments.side}x{arguments.side}, {size / 1e3:.0f} KB"
-    )
-    print(f"{'':18}{'images/s':>10}{'min':>8}{'max':>8}")
-    for name, values in rates.items():
-        print(f"{name:18}{statistics.median(values):>10.1f}{min(values):>8.1f}{max(values):>8.1f}")
+    show(rates, cores, arguments.side, files)
     stream = statistics.median(rates["stream"])
     print(f"ratio to DataLoader {stream / statistics.median(rates['DataLoader']):.2f}")
     print(f"ratio {stream / statistics.median(rates['bytes in memory']):.2f}")
+
+
+def start_ray(cores: list[int]) -> None:
+    """A cluster of one CPU for each of some cores, to which its processes are pinned."""
+    ray.init(
+        address="local",
+        num_cpus=len(cores),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": lambda: pin(cores)},
+    )
+
+
+def show(rates: dict[str, list[float]], cores: list[int], side: int, files: dict[str, bytes]) -> None:
+    """Prints what was measured with which pictures."""
+    size = sum(map(len, files.values())) / len(files)
+    print(f"{len(cores)} process(es), a core each; JPEG {side}x{side}, {size / 1e3:.0f} KB")
+    print(f"{'':18}{'images/s':>10}{'min':>8}{'max':>8}")
+    for name, values in rates.items():
+        print(f"{name:18}{statistics.median(values):>10.1f}{min(values):>8.1f}{max(values):>8.1f}")
 
 
 def measure(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

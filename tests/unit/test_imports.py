@@ -190,18 +190,19 @@ def test_importing_ctmsr_has_no_effect_and_loads_nothing_heavy(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def printed_by(program: str) -> str:
+    """What a program prints that is run in the repository, without an error."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_benchmarks_of_ctmsr_need_no_ray() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('ray', 'mlflow'))); "
     stems = {path.stem for path in modules("tests/benchmarks")} - BENCHMARKS_OF_PIPELINES
     names = ", ".join(f"tests.benchmarks.{stem}" for stem in sorted(stems))
-    done = subprocess.run(
-        [sys.executable, "-c", f"{blocked}import {names}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed_by(f"{blocked}import {names}")
 
 
 @pytest.mark.parametrize(
@@ -210,11 +211,4 @@ def test_benchmarks_of_ctmsr_need_no_ray() -> None:
 )
 def test_the_processes_of_a_training_load_only_what_they_use(module: str, heavy: set[str]) -> None:
     """Ray starts a dozen of them, each of which would take seconds and hundreds of megabytes more."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"import {module}, sys; print(*sys.modules)"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert not set(done.stdout.split()) & heavy
+    assert not set(printed_by(f"import {module}, sys; print(*sys.modules)").split()) & heavy

@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser test-monitoring lint requirements clean
+.PHONY: help setup demo test test-ceph test-nodes test-mlflow test-browser test-monitoring soak lint requirements clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -18,9 +18,9 @@ demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 # Tests on Ray wait half of the time, for processes to start: the others run beside them, and are shown after them.
 # They are nicer than Ray's workers, which are of niceness 15, as nothing waits for them.
 test: setup ## Run the tests that need no GPU and no server
-	@nice -n 19 $(BIN)/python -m pytest tests/unit > .venv/unit-tests.log 2>&1 & unit=$$!; \
-	$(BIN)/python -m pytest --ignore tests/unit; others=$$?; \
-	wait $$unit; unit=$$?; cat .venv/unit-tests.log; exit $$((unit + others))
+	@nice -n 19 $(BIN)/python -m pytest --ray no > .venv/other-tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest --ray yes; ray=$$?; \
+	wait $$others; others=$$?; cat .venv/other-tests.log; exit $$((others + ray))
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway
 	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/, \
@@ -37,6 +37,9 @@ test-browser: setup ## Run the tests of the page in Chromium (apt-get install ch
 
 test-monitoring: setup ## Run the tests of alerts in Prometheus (apt-get install --no-install-recommends prometheus)
 	@$(BIN)/python -m pytest -m tier tests/monitoring
+
+soak: setup ## Train for two hours on two nodes of this machine, and show what grows; as root
+	@$(BIN)/python -m tests.soak
 
 lint: $(INSTALLED) ## Check format, lint and types
 	@$(BIN)/ruff format --check .

@@ -57,14 +57,23 @@ Store = Callable[[Mapping[str, bytes]], str]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server that tests use")
+    parser.addoption(
+        "--ray", choices=["yes", "no"], help="only tests that use the cluster, or only the others"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With another store than moto, runs only the tests that use a store."""
-    if config.getoption("--store") != "moto":
-        others = [item for item in items if "s3" not in getattr(item, "fixturenames", ())]
-        items[:] = [item for item in items if item not in set(others)]
-        config.hook.pytest_deselected(items=others)
+    """Leaves out tests that --store and --ray do not ask for: with Ceph, those that use no store."""
+    uses_ray, is_moto = config.getoption("--ray"), config.getoption("--store") == "moto"
+
+    def is_left_out(item: pytest.Item) -> bool:
+        fixtures = getattr(item, "fixturenames", ())
+        is_other = uses_ray is not None and ("ray_session" in fixtures) != (uses_ray == "yes")
+        return is_other or not (is_moto or "s3" in fixtures)
+
+    left_out = [item for item in items if is_left_out(item)]
+    items[:] = [item for item in items if not is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session", autouse=True)

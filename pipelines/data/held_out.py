@@ -96,7 +96,7 @@ class HeldOut:
             num_draws=self.data.eval_draws,
             scale=scale,
             degradation=trained.degradation,
-        ).iter_rows()
+        )
 
     def version(self, trained: RunConfig) -> str:
         """Hash of the pictures, and of how they are cropped and, for the config `trained`, degraded."""

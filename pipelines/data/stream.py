@@ -8,7 +8,7 @@ single number in a checkpoint records the position.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +146,7 @@ def train_stream(
         flips=flips,
         crops_per_picture=crops_per_picture,
     )
-    return configured(blocks.map_batches(partial(_train_rows, spec=spec), batch_size=None))
+    return configured(blocks.map_batches(partial(_make_rows, spec=spec), batch_size=None))
 
 
 def val_samples(
@@ -156,19 +156,35 @@ def val_samples(
     num_draws: int,
     scale: int,
     degradation: DegradationConfig,
-) -> ray.data.Dataset:
+) -> Iterator[dict[str, Any]]:
     """The centre of every picture, degraded in `num_draws` ways, identical every time and in every run.
 
-    Columns are those of `train_stream`; the draws of a picture are consecutive. A picture that cannot be read
-    raises DataError in its task, as scores on fewer pictures would not be comparable.
+    The next few are made by a thread while the consumer scores one.
+
+    Yields:
+        Rows with the columns of `train_stream`; the draws of a picture are consecutive.
+
+    Raises:
+        DataError: A picture cannot be read: scores on fewer pictures would not be comparable.
     """
     samples = np.arange(len(pictures) * num_draws)
     picture, draw = np.divmod(samples, num_draws)
     table = sample_table(samples, draw, pictures.keys.take(picture))
-    blocks = [table.slice(row, _VAL_BLOCK_ROWS) for row in range(0, len(samples), _VAL_BLOCK_ROWS)]
     spec = _SampleSpec(pictures.places, hr_crop_size, scale, degradation, _VAL_SEED, True)
-    rows = ray.data.from_arrow(blocks).map_batches(partial(_val_rows, spec=spec), batch_size=None)
-    return configured(rows)
+
+    def block(start: int) -> Rows:
+        part = table.slice(start, _VAL_BLOCK_ROWS)
+        return _make_rows({name: part[name].to_numpy() for name in part.column_names}, spec)
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(block, 0)
+        for start in range(0, len(samples), _VAL_BLOCK_ROWS):
+            made = coming.result()
+            coming = thread.submit(block, start + _VAL_BLOCK_ROWS)  # of no rows in the end
+            if problem := next(filter(None, made["problem"]), ""):
+                raise DataError(problem)
+            for values in zip(*made.values(), strict=True):
+                yield dict(zip(made, values, strict=True))
 
 
 class StreamConfig(ray.train.DataConfig):
@@ -189,18 +205,6 @@ class StreamConfig(ray.train.DataConfig):
             name: make(num_workers=world_size) if callable(make) else make for name, make in datasets.items()
         }
         return super().configure(made, world_size, *args, **kwargs)
-
-
-def _train_rows(rows: Rows, *, spec: _SampleSpec) -> Rows:
-    return _make_rows(rows, spec)
-
-
-def _val_rows(rows: Rows, *, spec: _SampleSpec) -> Rows:
-    made = _make_rows(rows, spec)
-    for problem in made["problem"]:
-        if problem:
-            raise DataError(problem)
-    return made
 
 
 def _make_rows(rows: Rows, spec: _SampleSpec) -> Rows:

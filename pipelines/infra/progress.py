@@ -75,11 +75,14 @@ class Progress:
     @property
     def bar(self) -> Bar:
         """It as a line."""
+        is_over = self.step == self.total_steps
+        last = ("scoring the last checkpoint",) if is_over else ()
         return Bar(
             f"{self.name}  {self.phase} step {self.step}/{self.total_steps}",
             self.step,
             self.total_steps,
             (
+                *last,
                 f"loss {self.loss:.3f}",
                 f"{self.images_per_s:.1f} images/s",
                 f"ETA {duration(self.eta_s)}",

@@ -1,13 +1,13 @@
 """What scoring checkpoints costs the training: `python -m tests.benchmarks.scoring`.
 
-Runs take turns: one whose checkpoint is scored while it goes on, and one without a checkpoint until its end.
-The held-out pictures lie in a store that answers after two seconds. The training worker has a core of its
-own, as it has on a cluster; everything else shares the other one. The last line is the ratio of their
-images/s, all time included: each run's is the median of the stretches that it reports after the checkpoint of
-the first.
+One run saves a checkpoint again and again, and each is scored while the run goes on. The held-out pictures
+lie in a store that answers after two seconds, so scoring takes about half of the time. The training worker
+has a core of its own, as it has on a cluster; everything else shares the others. The last line is the ratio
+of steps/s while a checkpoint is scored to steps/s while none is: medians of short stretches of the run.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -30,8 +30,13 @@ from tests.support.servers.fault_proxy import fault_proxy
 from .fetch import serve
 from .memory import processes
 
-HELD_OUT = 160
-LOG_EVERY = 20
+HELD_OUT = 120
+LOG_EVERY = 5
+SETTLED = 100
+"""Steps after which the run is at its usual speed."""
+NAME = "scored"
+Span = tuple[float, float]
+"""Of time, in seconds since the epoch."""
 
 
 def main() -> None:
@@ -39,13 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind; default %(default)s")
-    parser.add_argument("--steps", type=int, default=400, help="of a run; default %(default)s")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run; default %(default)s")
+    parser.add_argument("--every", type=int, default=250, help="steps to a checkpoint; default %(default)s")
     arguments = parser.parse_args()
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
     ours, theirs = multiprocessing.Pipe()
     multiprocessing.get_context("spawn").Process(target=serve, args=(theirs,), daemon=True).start()
-    threading.Thread(target=keep_apart, args=(os.getpid(),), daemon=True).start()
+    scored_at: list[float] = []
+    threading.Thread(target=keep_apart, args=(os.getpid(), scored_at), daemon=True).start()
     crops = [getattr(skimage.data, name)()[:128, :128] for name in ("astronaut", "chelsea", "coffee")]
     with fault_proxy(endpoint := ours.recv(), {}) as proxy, tempfile.TemporaryDirectory() as scratch:
         client = boto3.client("s3", endpoint_url=endpoint)
@@ -60,51 +66,68 @@ def main() -> None:
         os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
         proxy.change({"stall": 1.0})
         with ray_cluster():
-            pairs = [
-                [rate(config(folder, arguments.steps, number, is_scored)) for is_scored in (True, False)]
-                for number in range(arguments.rounds)
-            ]
+            run = config(folder, arguments.steps, arguments.every)
+            run_to_end(run)
+            history = stretches(run)
     ours.send("end")
-    for scored, plain in pairs:
-        print(f"images/s while a checkpoint is scored {scored:.2f}, and without {plain:.2f}")
-    print(f"ratio {statistics.median(scored / plain for scored, plain in pairs):.3f}")
+    report(history, scored_at)
 
 
-def keep_apart(root: int) -> None:
-    """Gives training workers the first core, and everything else below `root` the others."""
+def keep_apart(root: int, scored_at: list[float]) -> None:
+    """Gives the training worker the first core, and everything else below `root` the others.
+
+    Adds to `scored_at` the times at which a process scores.
+    """
     first, *others = sorted(os.sched_getaffinity(root))
     while True:
         for pid in processes(root):
             with suppress(OSError):  # ended in the meantime
-                is_worker = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker")
+                title = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if title.startswith(b"ray::run_validation"):
+                    scored_at.append(time.time())
+                is_worker = title.startswith(b"ray::RayTrainWorker")
                 for thread in Path(f"/proc/{pid}/task").iterdir():
                     os.sched_setaffinity(int(thread.name), [first] if is_worker else others)
         time.sleep(0.2)
 
 
-def config(folder: Path, steps: int, number: int, is_scored: bool) -> RunConfig:
+def config(folder: Path, steps: int, every: int) -> RunConfig:
     """A run whose pictures and checkpoints are local, but for the held-out ones."""
     settings = {
-        "name": f"{'scored' if is_scored else 'plain'}-{number}",
+        "name": NAME,
         "storage_uri": f"{folder}/runs",
         "data.train_uri": f"{folder}/photos",
         "data.val_uri": "s3://held-out",
         "optim.ct_steps": steps,
         "optim.dtm_steps": 0,
         "train.log_every_steps": LOG_EVERY,
-        "train.checkpoint_every_steps": steps // 4 if is_scored else steps,
+        "train.checkpoint_every_steps": every,
         "train.num_workers": 1,
     }
     return run_config("", folder, *(f"{key}={value}" for key, value in settings.items()))
 
 
-def rate(run: RunConfig) -> float:
-    """Images/s of a run in its stretches after the first quarter, all of them before the last checkpoint."""
-    run_to_end(run)
+def stretches(run: RunConfig) -> list[Span]:
+    """From one logged step to the next, once the run has settled."""
     found = run_named(run.name, run)
     points = connect(run.tracking_uri).get_metric_history(found.info.run_id, "images_per_s")
-    quarter = run.optim.ct_steps // 4
-    return statistics.median(point.value for point in points if quarter < point.step <= 2 * quarter)
+    times = [point.timestamp / 1000 for point in points if point.step >= SETTLED]
+    return list(itertools.pairwise(times))
+
+
+def report(history: list[Span], scored_at: list[float]) -> None:
+    """Prints steps/s with and without scoring, and their ratio; stretches of both kinds are left out."""
+    with_s, without_s = [], []
+    for start, end in history:
+        share = sum(start < at <= end for at in scored_at) / max(1, round((end - start) / 0.25))
+        if share >= 0.5:
+            with_s.append(end - start)
+        elif not any(start - 1 < at <= end + 1 for at in scored_at):
+            without_s.append(end - start)
+    scored, plain = (LOG_EVERY / statistics.median(each) for each in (with_s, without_s))
+    print(f"steps/s while a checkpoint is scored {scored:.2f} ({len(with_s)} stretches of {LOG_EVERY} steps)")
+    print(f"steps/s while none is                {plain:.2f} ({len(without_s)} stretches)")
+    print(f"ratio {scored / plain:.3f}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.stream import train_stream
 from pipelines.infra.storage import open_uri, read_bytes
 from tests.support.keys import keys_of
+from tests.support.repository import ROOT
 
 from .store import bucket
 
@@ -178,6 +179,7 @@ def main() -> None:
 
 def start_ray(cores: list[int]) -> None:
     """A cluster of one CPU for each of some cores, to which its processes are pinned."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # its processes import this module
     ray.init(
         address="local",
         num_cpus=len(cores),

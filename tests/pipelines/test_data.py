@@ -136,13 +136,14 @@ def test_a_stream_without_end_is_never_made_as_a_whole(pictures: Pictures) -> No
 
 
 def test_held_out_pictures_are_the_same_every_time(pictures: Pictures, photos: dict[str, bytes]) -> None:
-    held_out = val_samples(pictures, **LOOK, num_draws=2)
-    first = by_sample(batches(held_out))
-    assert [key for key, _, _ in first.values()] == [key for key in sorted(photos) for _ in range(2)]
-    assert len({lq for _, _, lq in first.values()}) == 2 * len(photos)
-    for key, hr, _ in first.values():
-        assert hr == center_crop(decode(photos[key], name=key), 64, name=key).tobytes()
-    assert by_sample(batches(held_out, size=2)) == first
+    first = list(val_samples(pictures, **LOOK, num_draws=2))
+    assert [row["key"] for row in first] == [key for key in sorted(photos) for _ in range(2)]
+    assert len({row["lq"].tobytes() for row in first}) == 2 * len(photos)
+    for row in first:
+        assert np.array_equal(row["hr"], center_crop(decode(photos[row["key"]], name=""), 64, name=""))
+    again = val_samples(pictures, **LOOK, num_draws=2)
+    for row, other in zip(first, again, strict=True):
+        assert row["lq"].tobytes() == other["lq"].tobytes()
 
 
 def test_bad_pictures_are_found_before_training_and_counted(
@@ -179,4 +180,4 @@ def test_a_picture_that_is_gone_or_damaged_leaves_a_row_with_its_problem(
     for number, sample in alone.items():
         assert (found[number] == sample) == (sample[0] not in ("coffee.png", "rocket.png"))
     with pytest.raises(DataError, match=r"(coffee|rocket)\.png"):
-        batches(val_samples(pictures, **LOOK, num_draws=1))
+        list(val_samples(pictures, **LOOK, num_draws=1))

@@ -74,7 +74,7 @@ def test_shards_are_indexed_and_streamed_on_any_workers(
     assert list(alone) == list(range(8 * BATCH))
     assert samples(pictures, 3 * BATCH, 2) == {n: alone[n] for n in range(3 * BATCH, 8 * BATCH)}
     held_out = val_samples(pictures, num_draws=1, **LOOK)
-    assert [row["key"] for row in held_out.iter_rows()] == keys
+    assert [row["key"] for row in held_out] == keys
 
     file_system, root = open_uri(pictures.folder)
     for shard in ("1.tar", "2.parquet"):

@@ -88,8 +88,7 @@ def test_pictures_are_read_and_degraded_by_ray_data_tasks(trained: Trained) -> N
     address = ray.get_runtime_context().gcs_address  # this session's, whatever else runs on the machine
     tasks = list_tasks(address, limit=1000, filters=[("state", "=", "FINISHED")], detail=False)
     names = [task.name for task in tasks]
-    assert any("MapBatches(_train_rows)" in name for name in names), sorted(set(names))
-    assert any("MapBatches(_val_rows)" in name for name in names), sorted(set(names))
+    assert any("MapBatches(_make_rows)" in name for name in names), sorted(set(names))
 
 
 def test_a_finished_run_started_again_ends_at_once(

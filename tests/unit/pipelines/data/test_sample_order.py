@@ -16,7 +16,7 @@ from ctmsr.rng import Order, OrderVersion
 from pipelines.data.keys import ListedKeys
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.sample_order import SampleOrder, rows_per_worker
-from pipelines.data.stream import Rows, _SampleSpec, _train_rows
+from pipelines.data.stream import Rows, _make_rows, _SampleSpec
 
 NUM_PICTURES = 7
 
@@ -125,7 +125,7 @@ def make(pictures: Pictures, samples: list[int], crops: int = 1) -> dict[int, tu
     spec = _SampleSpec(
         pictures.places, 32, 4, DegradationConfig(), 3, is_centered=False, crops_per_picture=crops
     )
-    made = _train_rows(rows, spec=spec)
+    made = _make_rows(rows, spec=spec)
     return {
         int(number): (str(key), hr.tobytes(), lq.tobytes())
         for number, key, hr, lq in zip(made["sample"], made["key"], made["hr"], made["lq"], strict=True)

@@ -12,7 +12,7 @@ from ctmsr.image import decode, encode_png, random_crop
 from ctmsr.rng import Order, sample_rng
 from pipelines.data.pictures import Pictures
 from pipelines.data.sample_order import SampleOrder
-from pipelines.data.stream import _SampleSpec, _train_rows
+from pipelines.data.stream import _make_rows, _SampleSpec
 from tests.support.keys import keys_of
 from tests.support.shards import indexed, parquet_of, tar_of
 
@@ -65,7 +65,7 @@ def samples_of(
     for task in plan.get_read_tasks(1):
         (block,) = task.read_fn()
         rows = {name: block[name].to_numpy(zero_copy_only=False) for name in block.column_names}
-        made = _train_rows(rows, spec=spec)
+        made = _make_rows(rows, spec=spec)
         assert set(made["problem"]) == {""}
         for sample, key, hr, lq in zip(made["sample"], made["key"], made["hr"], made["lq"], strict=True):
             if sample >= 0:

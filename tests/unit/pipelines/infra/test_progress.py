@@ -52,6 +52,7 @@ def test_a_line_fits_and_shows_what_matters() -> None:
     assert "[========" in wide
     for width in range(10, 200):
         assert len(bar.fitted(width)) <= width
+    assert "  scoring the last checkpoint" in progress("first", 240).bar.fitted(79)
     assert Bar("scanned 7 pictures", 7, 0, ("3/s",)).fitted(79) == "scanned 7 pictures  3/s"
 
 

@@ -14,8 +14,6 @@ from ..errors import ConfigError
 from . import ops
 from .config import DegradationConfig, StageConfig
 
-__all__ = ["DegradationConfig", "degrade"]
-
 
 def degrade(
     hr_u8: np.ndarray, *, scale: int, config: DegradationConfig, rng: np.random.Generator

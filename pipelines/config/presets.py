@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.model.inference import InferenceConfig
 from ctmsr.model.network import NetworkConfig
 from ctmsr.training.losses import LossConfig

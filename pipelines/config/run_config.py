@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctmsr.config import check
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.model.inference import InferenceConfig, tile_spans
 from ctmsr.model.network import NetworkConfig, described
 from ctmsr.model.schedule import ScheduleConfig, curriculum_steps

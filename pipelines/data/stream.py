@@ -19,7 +19,8 @@ import numpy as np
 import ray.data
 import ray.train
 
-from ctmsr.degradation.recipe import DegradationConfig, degrade
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, paired_crop, random_crop, random_flip
 from ctmsr.rng import Order, OrderVersion, sample_rng

@@ -29,8 +29,8 @@ from ..tracking.evaluations import PictureSet, log_sets
 from ..tracking.runs import ensure_experiment, find_run, preflight, tracked_run
 from .leader import LIBRARIES
 from .retries import fit, steps_done
-from .scoring import RANKED_BY, score_the_rest, validation
 from .start import starting_point
+from .validation import RANKED_BY, score_the_rest, validation
 from .worker import train_loop_per_worker
 
 _RESIZE_EVERY_S = 30

@@ -1,23 +1,14 @@
-"""Scores a run's checkpoints while it trains: Ray Train's validation function.
-
-Each checkpoint is scored by a Ray task of its own, one at a time and in order, from what is in storage. The
-workers never wait for it. The scores are kept in the checkpoint's folder, in MLflow, and beside the
-checkpoint in Ray Train's own list.
-"""
+"""Scores a checkpoint from what is in storage; runs in a Ray task of its own, on any node."""
 
 import json
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
-import ray
-import ray.train
 import torch
 
 from ctmsr.config import from_dict
-from ctmsr.errors import UserError
 from ctmsr.metrics.perceptual import load_lpips
 from ctmsr.metrics.scoring import Evaluation, score
 from ctmsr.model import checkpoint
@@ -28,48 +19,12 @@ from ctmsr.model.network import ConsistencyModel
 from ..config.run_config import RunConfig
 from ..data.held_out import HeldOut, of_val
 from ..data.pictures import Pictures
-from ..infra.checkpoints import LPIPS_BY_PICTURE, complete, fetched
-from ..infra.exit_status import root_cause
+from ..infra.checkpoints import LPIPS_BY_PICTURE, fetched
 from ..infra.progress import Scores
 from ..infra.storage import write_bytes
 from ..tracking.metric_logger import MetricLogger
 from .reporting import Gauges
-
-RANKED_BY = "minus_lpips"
-"""The metric by which Ray Train ranks checkpoints; those without scores are the lowest, as Ray has it."""
-Loop = Mapping[str, Any]
-"""What `train_loop_per_worker` gets."""
-
-
-def validation(loop: Loop, val: Pictures) -> ray.train.ValidationConfig:
-    """How Ray Train scores the checkpoints of a run: on a GPU if there is one left for it, else on CPUs.
-
-    Args:
-        loop: As for `train_loop_per_worker`.
-        val: The pictures of data.val_uri.
-    """
-    score_reported = partial(_score_reported, loop=loop, val=val)
-    return ray.train.ValidationConfig(score_reported, ray_remote_kwargs=_resources(loop))
-
-
-def score_the_rest(loop: Loop, val: Pictures) -> None:
-    """Scores the checkpoints of a finished run that have no scores, but for those made as a node was lost.
-
-    There are such if a picture could not be read for a while, or the run was killed in between.
-
-    Raises:
-        UserError: One cannot be scored; the message is the cause.
-    """
-    config = from_dict(RunConfig, loop["config"])
-    every, total = config.train.checkpoint_every_steps, config.optim.total_steps
-    task = ray.remote(score_checkpoint).options(**_resources(loop))
-    for one in list(complete(config.run_uri)):
-        if "metrics" in one.meta or (one.step % every and one.step != total):
-            continue
-        try:
-            ray.get(task.remote(one.uri, loop, val))
-        except ray.exceptions.RayError as error:
-            raise UserError(f"the checkpoint {one.uri} cannot be scored. {root_cause(error)}") from error
+from .validation import Loop
 
 
 def score_checkpoint(uri: str, loop: Loop, val: Pictures) -> dict[str, Any]:
@@ -92,25 +47,6 @@ def score_checkpoint(uri: str, loop: Loop, val: Pictures) -> dict[str, Any]:
     # Last: a search may stop a trial, and this task with it, as soon as it finds the scores.
     write_bytes(f"{uri}/{checkpoint.SCORES_FILE}", (json.dumps(scores, indent=1) + "\n").encode())
     return scores
-
-
-def _score_reported(reported: ray.train.Checkpoint, *, loop: Loop, val: Pictures) -> dict[str, Any]:
-    """Ray Train's validation function; what fails here is tried again at the end of the run."""
-    folder = reported.path.rstrip("/").rpartition("/")[2]
-    config = from_dict(RunConfig, loop["config"])
-    try:
-        metrics: dict[str, float] = score_checkpoint(f"{config.run_uri}/{folder}", loop, val)["metrics"]
-    except UserError as error:
-        loop["progress"].put_nowait(f"warning: {config.name}: {folder} is not scored. {error}")
-        raise
-    return metrics | {RANKED_BY: -metrics["lpips"]}
-
-
-def _resources(loop: Loop) -> dict[str, Any]:
-    """A spare GPU, or no reservation at all: a core reserved here could be the one that the stream needs."""
-    train = from_dict(RunConfig, loop["config"]).train
-    has_spare = train.use_gpu and ray.cluster_resources().get("GPU", 0) > train.num_workers
-    return {"num_cpus": 0, "num_gpus": int(has_spare)}
 
 
 def _evaluated(config: RunConfig, model: ConsistencyModel, val: Pictures) -> Evaluation:

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctmsr.degradation.recipe import DegradationConfig, degrade
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.errors import DataError
 from ctmsr.image import decode, random_crop
 from ctmsr.training.step import Batch

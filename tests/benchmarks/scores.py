@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import torch
 
-from ctmsr.degradation.recipe import DegradationConfig, degrade
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.image import center_crop
 from ctmsr.metrics.dists import dists, load_dists
 from ctmsr.metrics.full_reference import colour_error, lpips_alex, psnr_y, ssim_y

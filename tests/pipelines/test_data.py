@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray.data
 
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.errors import DataError
 from ctmsr.image import center_crop, decode, encode_png
 from pipelines.data import sample_order

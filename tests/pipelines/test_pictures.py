@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.image import Picture, read
 from ctmsr.model.inference import upscale
 from ctmsr.model.network import ConsistencyModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.errors import ConfigError
 from pipelines.data.pictures import Pictures, find_pictures
 from pipelines.data.stream import check_images, train_stream, val_samples

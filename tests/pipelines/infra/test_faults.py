@@ -24,7 +24,7 @@ FILES = {f"{i:02d}.png": bytes([i]) * (20_000 + i) for i in range(30)}
 
 EPOCH = """
 import json, sys, ray
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from pipelines.data.pictures import find_pictures
 from pipelines.data.stream import train_stream
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -10,8 +10,8 @@ from skimage import data
 
 from ctmsr.degradation import ops
 from ctmsr.degradation import recipe as degradation
-from ctmsr.degradation.config import BlurKinds, StageConfig
-from ctmsr.degradation.recipe import DegradationConfig, degrade
+from ctmsr.degradation.config import BlurKinds, DegradationConfig, StageConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.errors import ConfigError
 from ctmsr.rng import sample_rng
 

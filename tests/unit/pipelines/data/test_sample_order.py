@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctmsr.degradation.recipe import DegradationConfig
+from ctmsr.degradation.config import DegradationConfig
 from ctmsr.image import encode_png
 from ctmsr.rng import Order, OrderVersion
 from pipelines.data.keys import ListedKeys

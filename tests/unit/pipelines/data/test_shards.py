@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctmsr.degradation.recipe import DegradationConfig, degrade
+from ctmsr.degradation.config import DegradationConfig
+from ctmsr.degradation.recipe import degrade
 from ctmsr.image import decode, encode_png, random_crop
 from ctmsr.rng import Order, sample_rng
 from pipelines.data.pictures import Pictures

@@ -24,7 +24,7 @@ test: setup ## Run the tests that need no GPU and no server
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway
 	@$(BIN)/python -m pytest --store ceph -m "not gpu and not remote and not tier" $(addprefix tests/pipelines/, \
-	infra test_data.py test_index.py)
+	infra test_data.py test_index.py test_pack.py test_shards.py)
 
 test-nodes: setup ## Run the tests on clusters of several nodes; as root, for the network between them
 	@$(BIN)/python -m pytest -m tier tests/nodes

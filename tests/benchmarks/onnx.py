@@ -1,16 +1,19 @@
-"""The ONNX export in ONNX Runtime against torch, on CPU threads: `python -m tests.benchmarks.onnx --help`.
+"""The ONNX export in two runtimes against torch, on CPU threads: `python -m tests.benchmarks.onnx --help`.
 
-Both go from the same uint8 picture, of the size of a tile, to an uint8 picture, noise and rounding included.
-They take turns, and the table holds medians.
+ONNX Runtime, and Intel's OpenVINO where it is installed (`pip install '.[bench]'`), go from the same uint8
+picture as torch, of the size of a tile, to an uint8 picture, noise and rounding included. They take turns,
+and the table holds medians. The ratio is torch's time to OpenVINO's, or else ONNX Runtime's.
 """
 
 import argparse
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
@@ -21,23 +24,38 @@ from pipelines.export.run import export, fetched_source
 from .inference import Form, measure, picture
 from .machine import machine
 
+Upscaler = Callable[[np.ndarray], np.ndarray]
+Inputs = dict[str, np.ndarray]
 
-def in_onnx_runtime(path: Path, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+
+def in_onnx_runtime(path: Path, threads: int) -> Upscaler:
     """The file as a function of one picture that needs no padding."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    scale = int(session.get_modelmeta().custom_metadata_map["scale"])
+    return partial(_upscaled, lambda inputs: session.run(["sr"], inputs)[0], _scale(path))
 
-    def upscaled(lq_u8: np.ndarray) -> np.ndarray:
-        rows, columns = (slice(0, scale * side) for side in lq_u8.shape[:2])
-        noise = position_noise(0, rows, columns)[None].numpy()
-        lq = np.ascontiguousarray(lq_u8.transpose(2, 0, 1)[None], np.float32) / 255
-        (sr,) = session.run(["sr"], {"lq": lq, "noise": noise})
-        pixels: np.ndarray = np.rint(sr[0] * 255).astype(np.uint8).transpose(1, 2, 0)
-        return pixels
 
-    return upscaled
+def in_openvino(path: Path, threads: int) -> Upscaler:
+    """The same in OpenVINO, in float32."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(str(path), "CPU", settings)
+    return partial(_upscaled, lambda inputs: model(inputs)["sr"], _scale(path))
+
+
+def _scale(path: Path) -> int:
+    model = onnx.load(path, load_external_data=False)
+    return int({entry.key: entry.value for entry in model.metadata_props}["scale"])
+
+
+def _upscaled(run: Callable[[Inputs], np.ndarray], scale: int, lq_u8: np.ndarray) -> np.ndarray:
+    rows, columns = (slice(0, scale * side) for side in lq_u8.shape[:2])
+    noise = position_noise(0, rows, columns)[None].numpy()
+    lq = np.ascontiguousarray(lq_u8.transpose(2, 0, 1)[None], np.float32) / 255
+    pixels: np.ndarray = np.rint(run({"lq": lq, "noise": noise})[0] * 255).astype(np.uint8)
+    return pixels.transpose(1, 2, 0)
 
 
 def main() -> None:
@@ -58,19 +76,19 @@ def main() -> None:
         path, _ = export(arguments.model, "onnx", Path(folder, "model.onnx"))
         model = for_inference(source.network, "cpu", source.inference)
         in_torch = partial(upscale, model, sigma_max=source.sigma_max, config=source.inference)
-        forms = [
-            Form("torch", in_torch),
-            Form("ONNX Runtime", in_onnx_runtime(path, arguments.threads)),
-        ]
-        print(f"{'':12}{'torch, ms':>12}{'ONNX, ms':>12}{'levels apart':>14}")
+        forms = [Form("torch", in_torch), Form("ONNX Runtime", in_onnx_runtime(path, arguments.threads))]
+        if importlib.util.find_spec("openvino"):
+            forms.append(Form("OpenVINO", in_openvino(path, arguments.threads)))
+        print(f"{'ms':12}" + "".join(f"{form.name:>14}" for form in forms) + f"{'levels apart':>14}")
         for side in arguments.sizes:
             lq_u8 = picture(side)
             seconds = measure(forms, lq_u8, arguments.rounds)
-            first, second = (form.upscaler(lq_u8).astype(int) for form in forms)
-            torch_s, onnx_s = seconds.values()
-            apart = np.abs(first - second).max()
-            print(f"{f'{side} px':12}{1e3 * torch_s:>12.1f}{1e3 * onnx_s:>12.1f}{apart:>14}")
-    print(f"ratio {torch_s / onnx_s:.2f}")
+            first, *others = (form.upscaler(lq_u8).astype(int) for form in forms)
+            apart = max(np.abs(first - other).max() for other in others)
+            columns = "".join(f"{1e3 * each:>14.1f}" for each in seconds.values())
+            print(f"{f'{side} px':12}{columns}{apart:>14}")
+    of_torch, *of_others = seconds.values()
+    print(f"ratio {of_torch / of_others[-1]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Speed of the stream from an S3 store to batches: `python -m tests.benchmarks.stream`.
 
-Three ways to make the same samples take turns, with the same number of processes on the same cores: from
+Four ways to make the same samples take turns, with the same number of processes on the same cores: from
 bytes already in memory, which leaves decoding, crop and degradation; with a torch DataLoader that fetches one
-picture after the other; and with our stream. The store (Ceph, see tests/support/servers/ceph.py) and the
-consumer share the last core. The table ends with two ratios of medians over the rounds: stream to DataLoader,
-stream to memory.
+picture after the other, by this project's reader or by boto3; and with our stream. The store (Ceph, see
+tests/support/servers/ceph.py) and the consumer share the last core. The table ends with ratios of medians
+over the rounds: stream to each DataLoader, stream to memory.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import boto3
 import cv2
 import numpy as np
 import ray
@@ -55,7 +56,7 @@ def pin(cores: list[int]) -> None:
 
 @dataclass
 class Bucket(Dataset):
-    """A typical data set for a DataLoader: fetches, decodes, crops and degrades."""
+    """A data set for a DataLoader: fetches as the stream does, decodes, crops and degrades."""
 
     uri: str
     keys: list[str]
@@ -65,12 +66,27 @@ class Bucket(Dataset):
         return self.num_samples
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, position = divmod(number, len(self.keys))
+        return sample(self.fetch(self.keys[position]), self.keys[position], epoch)
+
+    def fetch(self, key: str) -> bytes:
+        """A file, through a client of this process."""
         if not hasattr(self, "_place"):
             self._place = open_uri(self.uri)
         file_system, root = self._place
-        epoch, position = divmod(number, len(self.keys))
-        key = self.keys[position]
-        return sample(read_bytes(file_system, f"{root}/{key}"), key, epoch)
+        return read_bytes(file_system, f"{root}/{key}")
+
+
+class BucketOfBoto3(Bucket):
+    """The same as it is usually written: with boto3."""
+
+    def fetch(self, key: str) -> bytes:
+        """A file, through a client of this process."""
+        if not hasattr(self, "_client"):
+            self._client = boto3.client("s3")
+        name, _, _ = self.uri.removeprefix("s3://").partition("/")
+        data: bytes = self._client.get_object(Bucket=name, Key=key)["Body"].read()
+        return data
 
 
 def rate(batches: Iterator[object], num_warm: int, num_timed: int) -> float:
@@ -108,10 +124,10 @@ def _make(item: tuple[bytes, str, int]) -> None:
     sample(*item)  # not sent back, as in a process that feeds a trainer of its own
 
 
-def from_loader(uri: str, keys: list[str], cores: list[int], num_warm: int, num_timed: int) -> float:
+def from_loader(bucket: Bucket, cores: list[int], num_warm: int, num_timed: int) -> float:
     """Images/s of a DataLoader. Threads of the S3 client do not survive a fork."""
     loader = DataLoader(
-        Bucket(uri, keys, num_warm + num_timed),
+        bucket,
         batch_size=BATCH,
         num_workers=len(cores),
         worker_init_fn=partial(_pin_worker, cores=cores),
@@ -163,9 +179,11 @@ def main() -> None:
         keys = keys_of(pictures)
         file_system, root = open_uri(uri)
         files = {key: read_bytes(file_system, f"{root}/{key}") for key in keys}
+        loader = partial(from_loader, cores=cores, num_warm=num_warm, num_timed=num_timed)
         forms: dict[str, Callable[[], float]] = {
             "bytes in memory": partial(from_memory, files, cores, num_timed),
-            "DataLoader": partial(from_loader, uri, keys, cores, num_warm, num_timed),
+            "DataLoader": partial(loader, Bucket(uri, keys, num_warm + num_timed)),
+            "DataLoader, boto3": partial(loader, BucketOfBoto3(uri, keys, num_warm + num_timed)),
             "stream": partial(from_stream, pictures, num_warm, num_timed),
         }
         start_ray(cores)
@@ -173,7 +191,8 @@ def main() -> None:
         ray.shutdown()
     show(rates, cores, arguments.side, files)
     stream = statistics.median(rates["stream"])
-    print(f"ratio to DataLoader {stream / statistics.median(rates['DataLoader']):.2f}")
+    for name in ("DataLoader", "DataLoader, boto3"):
+        print(f"ratio to {name} {stream / statistics.median(rates[name]):.2f}")
     print(f"ratio {stream / statistics.median(rates['bytes in memory']):.2f}")
 
 

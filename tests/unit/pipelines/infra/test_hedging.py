@@ -60,8 +60,8 @@ def test_an_error_counts_only_if_there_is_nothing_else(hedge: Hedge) -> None:
 
 
 def test_at_most_one_in_twenty_is_called_again(hedge: Hedge) -> None:
-    for _ in range(20):
-        assert hedge(after(0.1, "x")) == "x"
+    for number in range(10):  # each slower than most before it
+        assert hedge(after(0.1 + 0.03 * number, "x")) == "x"
     assert 5 <= hedge.num_extra <= 1 + 0.05 * hedge.num_calls
 
 

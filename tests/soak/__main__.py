@@ -3,7 +3,7 @@
 Trains for two hours, by default, on a Ray head and two nodes of this machine, from an S3 server behind a
 proxy and with an MLflow server, as the fault drill does. Every few seconds it reads what each kind of process
 holds. In the end it prints the medians of a while after the tenth minute and of as long at the end. The exit
-status is 1 if one of them has grown by more than 3 %, and by more than 1. Needs root, as the drill does.
+status is 1 if one of them has grown by more than 3 %. Needs root, as the drill does.
 """
 
 import argparse

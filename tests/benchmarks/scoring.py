@@ -4,6 +4,7 @@ One run saves a checkpoint again and again, and each is scored while the run goe
 lie in a store that answers after two seconds, so scoring takes about half of the time. The training worker
 has a core of its own, as it has on a cluster; everything else shares the others. The last line is the ratio
 of steps/s while a checkpoint is scored to steps/s while none is: medians of short stretches of the run.
+The latter include saving the checkpoint and starting the process that scores it.
 """
 
 import argparse
@@ -34,7 +35,6 @@ HELD_OUT = 120
 LOG_EVERY = 5
 SETTLED = 100
 """Steps after which the run is at its usual speed."""
-NAME = "scored"
 Span = tuple[float, float]
 """Of time, in seconds since the epoch."""
 
@@ -94,7 +94,7 @@ def keep_apart(root: int, scored_at: list[float]) -> None:
 def config(folder: Path, steps: int, every: int) -> RunConfig:
     """A run whose pictures and checkpoints are local, but for the held-out ones."""
     settings = {
-        "name": NAME,
+        "name": "scored",
         "storage_uri": f"{folder}/runs",
         "data.train_uri": f"{folder}/photos",
         "data.val_uri": "s3://held-out",

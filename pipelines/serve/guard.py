@@ -70,6 +70,8 @@ class Transfers:
 
     def moved(self, transfer: Transfer, num_bytes: int) -> None:
         """Notes that it has moved, and holds so many bytes now; others may have to give way to it."""
+        if transfer.gave_way:  # its deadline stops it at its next wait
+            return
         transfer.num_bytes = num_bytes
         self._ongoing.pop(transfer, None)
         self._ongoing[transfer] = None

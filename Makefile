@@ -15,11 +15,11 @@ setup: $(INSTALLED) ## Make .venv and fetch the LPIPS backbones into the cache
 demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 	@$(BIN)/python -m pipelines.demo
 
-# Tests on Ray wait half of the time, for processes to start: the others run beside them, and are shown after them.
-# They are nicer than Ray's workers, which are of niceness 15, as nothing waits for them.
+# Tests on Ray wait half of the time, for processes to start: most others run in what they leave of the machine, and
+# are shown after them.
 test: setup ## Run the tests that need no GPU and no server
-	@nice -n 19 $(BIN)/python -m pytest --ray no > .venv/other-tests.log 2>&1 & others=$$!; \
-	$(BIN)/python -m pytest --ray yes; ray=$$?; \
+	@nice -n 19 $(BIN)/python -m pytest --priority low > .venv/other-tests.log 2>&1 & others=$$!; \
+	$(BIN)/python -m pytest --priority usual; ray=$$?; \
 	wait $$others; others=$$?; cat .venv/other-tests.log; exit $$((others + ray))
 
 test-ceph: setup ## Run the tests of storage and data, slow ones too, against Ceph's RADOS Gateway

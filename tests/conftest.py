@@ -58,17 +58,20 @@ Store = Callable[[Mapping[str, bytes]], str]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store", choices=["moto", "ceph"], default="moto", help="the S3 server that tests use")
     parser.addoption(
-        "--ray", choices=["yes", "no"], help="only tests that use the cluster, or only the others"
+        "--priority",
+        choices=["usual", "low"],
+        help="only tests that use the cluster or measure time, or only the others",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests that --store and --ray do not ask for: with Ceph, those that use no store."""
-    uses_ray, is_moto = config.getoption("--ray"), config.getoption("--store") == "moto"
+    """Leaves out tests that --store and --priority do not ask for: with Ceph, those that use no store."""
+    priority, is_moto = config.getoption("--priority"), config.getoption("--store") == "moto"
 
     def is_left_out(item: pytest.Item) -> bool:
         fixtures = getattr(item, "fixturenames", ())
-        is_other = uses_ray is not None and ("ray_session" in fixtures) != (uses_ray == "yes")
+        needs_attention = "ray_session" in fixtures or item.get_closest_marker("timed") is not None
+        is_other = priority is not None and needs_attention != (priority == "usual")
         return is_other or not (is_moto or "s3" in fixtures)
 
     left_out = [item for item in items if is_left_out(item)]
@@ -150,6 +153,7 @@ def ray_session(s3: S3) -> Iterator[None]:
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 is Ray's own: near that of the tests that run beside it
         patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

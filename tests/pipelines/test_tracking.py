@@ -71,6 +71,7 @@ def test_a_server_that_asks_for_a_login_says_how_to_give_one(locked_server: str)
         preflight(locked_server)
 
 
+@pytest.mark.timed
 def test_a_dead_server_is_an_error_at_once(closed_port: str) -> None:
     started = time.monotonic()
     with pytest.raises(TrackingError, match=f"the MLflow server {closed_port} does not answer"):
@@ -78,6 +79,7 @@ def test_a_dead_server_is_an_error_at_once(closed_port: str) -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.timed
 def test_a_silent_server_is_an_error_within_seconds(silent_server: str) -> None:
     before = dict(os.environ)
     started = time.monotonic()
@@ -215,6 +217,7 @@ def test_what_is_lost_is_named(uri: str) -> None:
     assert picture.startswith("picture sr of step 6: Run with id=")
 
 
+@pytest.mark.timed
 def test_a_server_that_hangs_does_not_hold_up_a_step(silent_server: str) -> None:
     log = MetricLogger(silent_server, "0" * 32)
     started = time.monotonic()

@@ -70,6 +70,7 @@ def test_what_is_no_picture_is_told(server: Front, body: bytes, status: int, mes
 @pytest.mark.parametrize(
     ("side", "size"), [(10_000, "10000 x 10000 pixels, 100 megapixels"), (20_000, "170")]
 )
+@pytest.mark.timed
 def test_a_hundred_megapixels_are_refused_by_their_header(server: Front, side: int, size: str) -> None:
     body = encoded(Image.new("1", (side, side)), "PNG")
     started = time.monotonic()
@@ -150,6 +151,7 @@ def test_who_comes_when_many_wait_is_told_to_come_back(
     assert busy[0].headers["retry-after"] == "10"
 
 
+@pytest.mark.timed
 def test_who_leaves_keeps_the_place_until_the_work_ends(
     server: Front, upscaler: Upscaler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

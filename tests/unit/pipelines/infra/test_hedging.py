@@ -8,6 +8,8 @@ import pytest
 
 from pipelines.infra.hedging import Hedge
 
+pytestmark = pytest.mark.timed
+
 
 @pytest.fixture
 def hedge() -> Hedge:

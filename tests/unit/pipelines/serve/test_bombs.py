@@ -57,6 +57,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.timed
 def test_a_bomb_is_refused_at_once(name: str) -> None:
     started = time.monotonic()
     with pytest.raises(Refusal, match=r"has more than \d+ .* Save it again without metadata") as raised:

@@ -17,6 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 from pipelines.serve.guard import Guard, Transfers, Uploads
 from pipelines.serve.limits import Refusal
 
+pytestmark = pytest.mark.timed
+
 MB = 2**20
 HEAD = b"POST /upscale HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
@@ -102,7 +104,9 @@ def test_large_bodies_in_progress_are_bounded_in_bytes() -> None:
     with serving(uploads=Uploads(most_bytes=4 * MB)) as port, ExitStack() as stack:
         head = HEAD + b"Content-Length: %d\r\n\r\n" % (2 * MB)
         large = [stack.enter_context(sent(port, head, bytes(2 * MB - 3))) for _ in range(3)]
-        refused, _, _ = select.select(large, [], [], 10)  # any of them: the system orders what the server reads
+        refused, _, _ = select.select(
+            large, [], [], 10
+        )  # any of them: the system orders what the server reads
         assert [status(connection) for connection in refused] == [503]
         with sent(port, whole()) as connection:
             assert status(connection) == 200
@@ -119,7 +123,10 @@ def test_the_body_that_has_not_moved_for_the_longest_time_gives_way() -> None:
         for number in (0, 1, 0, 2):
             bodies[number].put_nowait({"type": "http.request", "body": b"x", "more_body": True})
             await asyncio.sleep(0.01)
-        for body in (bodies[2], bodies[1]):  # the first displaces the second, which must not come back with more
+        for body in (
+            bodies[2],
+            bodies[1],
+        ):  # the first displaces the second, which must not come back with more
             body.put_nowait({"type": "http.request", "body": b"x", "more_body": True})
         await asyncio.sleep(0.01)
         for body in bodies:
@@ -128,7 +135,8 @@ def test_the_body_that_has_not_moved_for_the_longest_time_gives_way() -> None:
 
     first, second, third = asyncio.run(read())
     assert (first, third) == (b"xx", b"xx")
-    assert isinstance(second, Refusal) and second.status == 503
+    assert isinstance(second, Refusal)
+    assert second.status == 503
 
 
 def test_a_byte_a_second_is_cut_off_at_the_deadline() -> None:

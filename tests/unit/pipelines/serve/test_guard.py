@@ -116,7 +116,7 @@ def test_large_bodies_in_progress_are_bounded_in_bytes() -> None:
 
 
 def test_the_body_that_has_not_moved_for_the_longest_time_gives_way() -> None:
-    async def read() -> list[bytes | Refusal]:
+    async def read() -> list[bytes | BaseException]:
         uploads, bodies = Uploads(most_bytes=4), [asyncio.Queue[Message]() for _ in range(3)]
         scope = {"type": "http", "headers": []}
         tasks = [asyncio.create_task(uploads.read(scope, body.get)) for body in bodies]

@@ -3,8 +3,8 @@
 `python -m tests.benchmarks.scale` writes synthetic indexes and measures, each in a process of its own: memory
 of the process that plans a training stream, size of the plan that is sent to others, and the time until the
 first batch comes out of Ray Data, whose rows are empty, as there are no such pictures; then time and memory
-to write an index from the results of a scan, and to find near-duplicates. The ratio is the planner's memory,
-large over small.
+to write an index from the results of a scan, and to find near-duplicates; then the index is written again by
+processes of which two are killed on the way. The ratio is the planner's memory, large over small.
 """
 
 import argparse
@@ -140,10 +140,36 @@ def alike(number: str) -> dict[str, float]:
     return {"near-duplicates": float(found)} | took
 
 
+def command(what: str, place: str) -> list[str]:
+    """Runs one of the above in a process of its own."""
+    return [sys.executable, "-m", "tests.benchmarks.scale", "--measure", what, place]
+
+
 def apart(what: str, place: str) -> dict[str, float]:
-    """One of the above, in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.scale", "--measure", what, place]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    """What such a process measures."""
+    ended = subprocess.run(command(what, place), check=True, stdout=subprocess.PIPE)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def version_of(folder: Path) -> str:
+    """Version of the index in a folder; empty if there is none."""
+    summary = folder / SUMMARY_FILE
+    return json.loads(summary.read_text())["version"] if summary.exists() else ""
+
+
+def killed_twice(folder: Path, lasts_s: float) -> str:
+    """Version of an index whose writing is killed after a third and two thirds of its time, then ends."""
+    for path in folder.iterdir():
+        if path.name != "parts":
+            path.unlink()
+    for share in (1 / 3, 2 / 3):
+        with subprocess.Popen(command("merged", str(folder)), stdout=subprocess.DEVNULL) as writing:
+            time.sleep(share * lasts_s)
+            writing.kill()
+        if version_of(folder):
+            raise RuntimeError("the index was complete before its writing was killed")
+    apart("merged", str(folder))
+    return version_of(folder)
 
 
 def main() -> None:
@@ -167,10 +193,14 @@ def main() -> None:
         for name in figures[0]:
             print(f"{name:28}" + "".join(f"{one[name]:>14.2f}" for one in figures))
         print(f"ratio {figures[1]['planner, MB'] / figures[0]['planner, MB']:.3f}")
-        write_parts(Path(folder, "written.index"), arguments.written)
-        written = apart("merged", f"{folder}/written.index") | apart("alike", str(arguments.written))
+        index = Path(folder, "written.index")
+        write_parts(index, arguments.written)
+        written = apart("merged", str(index)) | apart("alike", str(arguments.written))
         for name, value in written.items():
             print(f"{name:28}{value:>14.1f}")
+        version = version_of(index)
+        again = killed_twice(index, written["written, s"])
+        print(f"version {version}; written again, killed twice on the way: {again}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 One run saves a checkpoint again and again, and each is scored while the run goes on. The held-out pictures
 lie in a store that answers after two seconds, so scoring takes about half of the time. The training worker
 has a core of its own, as it has on a cluster; everything else shares the others. The last line is the ratio
-of steps/s while a checkpoint is scored to steps/s while none is: medians of short stretches of the run.
-The latter include saving the checkpoint and starting the process that scores it.
+of steps/s while a checkpoint is scored, from its saving on, to steps/s from then to the next checkpoint:
+medians of short stretches of the run. Those in which a checkpoint is saved count for neither.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
@@ -35,8 +36,15 @@ HELD_OUT = 120
 LOG_EVERY = 5
 SETTLED = 100
 """Steps after which the run is at its usual speed."""
-Span = tuple[float, float]
-"""Of time, in seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some steps of the run, between two lines of its log; times in seconds since the epoch."""
+
+    first_step: int
+    start: float
+    end: float
 
 
 def main() -> None:
@@ -44,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of the run; default %(default)s")
-    parser.add_argument("--every", type=int, default=250, help="steps to a checkpoint; default %(default)s")
+    parser.add_argument("--steps", type=int, default=3200, help="of the run; default %(default)s")
+    parser.add_argument("--every", type=int, default=400, help="steps to a checkpoint; default %(default)s")
     arguments = parser.parse_args()
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
     ours, theirs = multiprocessing.Pipe()
@@ -70,7 +78,7 @@ def main() -> None:
             run_to_end(run)
             history = stretches(run)
     ours.send("end")
-    report(history, scored_at)
+    report(history, scored_at, arguments.every)
 
 
 def keep_apart(root: int, scored_at: list[float]) -> None:
@@ -107,23 +115,22 @@ def config(folder: Path, steps: int, every: int) -> RunConfig:
     return run_config("", folder, *(f"{key}={value}" for key, value in settings.items()))
 
 
-def stretches(run: RunConfig) -> list[Span]:
-    """From one logged step to the next, once the run has settled."""
+def stretches(run: RunConfig) -> list[Stretch]:
+    """Those of the run once it has settled."""
     found = run_named(run.name, run)
     points = connect(run.tracking_uri).get_metric_history(found.info.run_id, "images_per_s")
-    times = [point.timestamp / 1000 for point in points if point.step >= SETTLED]
-    return list(itertools.pairwise(times))
+    pairs = itertools.pairwise(point for point in points if point.step >= SETTLED)
+    return [Stretch(one.step, one.timestamp / 1000, other.timestamp / 1000) for one, other in pairs]
 
 
-def report(history: list[Span], scored_at: list[float]) -> None:
-    """Prints steps/s with and without scoring, and their ratio; stretches of both kinds are left out."""
+def report(history: list[Stretch], scored_at: list[float], every: int) -> None:
+    """Prints steps/s with and without scoring, and their ratio."""
     with_s, without_s = [], []
-    for start, end in history:
-        share = sum(start < at <= end for at in scored_at) / max(1, round((end - start) / 0.25))
-        if share >= 0.5:
-            with_s.append(end - start)
-        elif not any(start - 1 < at <= end + 1 for at in scored_at):
-            without_s.append(end - start)
+    for _, group in itertools.groupby(history, lambda one: one.first_step // every):
+        between = list(group)[1:-1]  # without the ones in which the run saves
+        during = [at for at in scored_at if between and between[0].start < at < between[-1].end]
+        for one in between if during else []:
+            (with_s if one.start < max(during) else without_s).append(one.end - one.start)
     scored, plain = (LOG_EVERY / statistics.median(each) for each in (with_s, without_s))
     print(f"steps/s while a checkpoint is scored {scored:.2f} ({len(with_s)} stretches of {LOG_EVERY} steps)")
     print(f"steps/s while none is                {plain:.2f} ({len(without_s)} stretches)")

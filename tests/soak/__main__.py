@@ -22,6 +22,13 @@ from tests.support.training_command import start_training
 
 SETTLED_MIN = 10.0
 EVERY_S = 15.0
+RAY_HISTORIES = {
+    "RAY_task_events_max_num_task_in_gcs": "1000",
+    "RAY_maximum_gcs_dead_worker_cached_count": "20",
+    "RAY_maximum_gcs_destroyed_actor_cached_count": "20",
+    "RAY_LOG_MONITOR_MAX_OPEN_FILES": "20",
+}
+"""What Ray's servers remember of tasks, workers, actors and logs: by default more than a soak would fill."""
 
 
 def train(there: World) -> Child:
@@ -70,6 +77,7 @@ def main() -> int:
         parser.error(f"--minutes must be at least {2 * SETTLED_MIN:g}, got {arguments.minutes:g}")
     if os.geteuid() != 0:
         parser.error("only root can mount the small disk of the nodes")
+    os.environ |= RAY_HISTORIES
     with ExitStack() as stack:
         if arguments.folder:
             arguments.folder.mkdir(parents=True)

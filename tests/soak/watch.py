@@ -15,9 +15,9 @@ from tests.soak.curves import Held, Sample
 _KINDS = {
     "ray::RayTrainWorker": "training workers",
     "ray::": "other Ray workers",
-    "raylet": "Ray's servers",
-    "gcs_server": "Ray's servers",
-    "ray/": "Ray's servers",
+    "gcs/gcs_server": "GCS",
+    "raylet/raylet": "raylets",
+    "ray/": "Ray's other servers",
     "mlflow": "MLflow",
 }
 """Kinds of process, by the first of these that is in the command line."""

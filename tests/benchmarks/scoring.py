@@ -125,7 +125,7 @@ def stretches(run: RunConfig) -> list[Stretch]:
 
 def report(history: list[Stretch], scored_at: list[float], every: int) -> None:
     """Prints steps/s with and without scoring, and their ratio."""
-    with_s, without_s = [], []
+    with_s, without_s = list[float](), list[float]()
     for _, group in itertools.groupby(history, lambda one: one.first_step // every):
         between = list(group)[1:-1]  # without the ones in which the run saves
         during = [at for at in scored_at if between and between[0].start < at < between[-1].end]

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -29,8 +30,9 @@ def anew() -> Iterator[None]:
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if connected to a cluster."""
-    context = type("Context", (), {"gcs_address": "127.0.0.2:6379"})
-    monkeypatch.setattr(ray, "get_runtime_context", context)
+    context = SimpleNamespace(gcs_address="127.0.0.2:6379")
+    known = SimpleNamespace(get_runtime_context=lambda: context, __version__=ray.__version__)
+    monkeypatch.setattr(ray_internals, "ray", known)
 
 
 def test_this_release_has_what_is_used(address: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -201,7 +201,7 @@ def _brands(data: bytes) -> set[bytes]:
 
 @lru_cache(maxsize=1)
 def _has_heif() -> bool:
-    """Whether pillow-heif is installed, which then is told to Pillow."""
+    """Whether pillow-heif is installed; if so, registers it with Pillow."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:

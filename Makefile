@@ -18,7 +18,7 @@ demo: setup ## Train, tune, evaluate and release a tiny model on this machine
 # Tests on Ray wait half of the time, for processes to start: most others run in what they leave of the machine, and
 # are shown after them.
 test: setup ## Run the tests that need no GPU and no server
-	@nice -n 19 $(BIN)/python -m pytest --priority low > .venv/other-tests.log 2>&1 & others=$$!; \
+	@nice -n 10 $(BIN)/python -m pytest --priority low > .venv/other-tests.log 2>&1 & others=$$!; \
 	$(BIN)/python -m pytest --priority usual; ray=$$?; \
 	wait $$others; others=$$?; cat .venv/other-tests.log; exit $$((others + ray))
 

@@ -27,6 +27,7 @@ from ctmsr.rng import Order, OrderVersion, sample_rng
 
 from ..infra.ray_data import configured, in_order
 from .pictures import Pictures, refuse_unusable
+from .read_ahead import read_ahead
 from .reading import Files, Found, Places, read_pictures, wanted
 from .sample_order import NO_SAMPLE, SampleOrder, sample_table
 
@@ -177,15 +178,11 @@ def val_samples(
         part = table.slice(start, _VAL_BLOCK_ROWS)
         return _make_rows({name: part[name].to_numpy() for name in part.column_names}, spec)
 
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(block, 0)
-        for start in range(0, len(samples), _VAL_BLOCK_ROWS):
-            made = coming.result()
-            coming = thread.submit(block, start + _VAL_BLOCK_ROWS)  # of no rows in the end
-            if problem := next(filter(None, made["problem"]), ""):
-                raise DataError(problem)
-            for values in zip(*made.values(), strict=True):
-                yield dict(zip(made, values, strict=True))
+    for made in read_ahead(map(block, range(0, len(samples), _VAL_BLOCK_ROWS)), 1):
+        if problem := next(filter(None, made["problem"]), ""):
+            raise DataError(problem)
+        for values in zip(*made.values(), strict=True):
+            yield dict(zip(made, values, strict=True))
 
 
 class StreamConfig(ray.train.DataConfig):

@@ -7,8 +7,10 @@ of a run, and after a restart, on any number of workers, the next step sees the 
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -25,8 +27,13 @@ from ctmsr.training.step import Batch, check_finite, compile_step, train_step
 
 from ..config.run_config import RunConfig
 from ..data.batches import StreamMonitor, make_batch
+from ..data.read_ahead import read_ahead
 from ..data.sample_order import rows_per_worker
+from ..data.stream import Rows
 from ..infra.checkpoints import fetched, newest
+
+_ROWS_AHEAD = 640
+"""Rows that wait in a worker, as the stream begins a new round every 5 000 or so and its first ones take long."""
 
 
 def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
@@ -51,7 +58,8 @@ def train_loop_per_worker(loop: Mapping[str, Any]) -> None:
         from .leader import Leader  # with MLflow, whose second the other ranks and Ray's controller save
 
         leader = Leader(config, loop, monitor, unsent)
-    batches = prefetch(_batches(config, num_workers, monitor), device)
+    num_steps = config.optim.total_steps - state.global_step
+    batches = prefetch(_batches(config, num_workers, num_steps, monitor), device)
     notice = None
     while state.global_step < config.optim.total_steps:
         started = time.monotonic()
@@ -111,17 +119,23 @@ def _initial_state(config: RunConfig, device: torch.device) -> tuple[TrainState,
     return state, unsent
 
 
-def _batches(config: RunConfig, num_workers: int, monitor: StreamMonitor) -> Iterator[Batch]:
-    """This worker's part of every batch, endlessly: each iteration over the shard yields a bounded number."""
-    shard, size = ray.train.get_dataset_shard("train"), config.train.global_batch_size
+def _batches(config: RunConfig, num_workers: int, num_steps: int, monitor: StreamMonitor) -> Iterator[Batch]:
+    """This worker's part of the batches of so many steps."""
+    size = config.train.global_batch_size
+    num_rows = rows_per_worker(size, num_workers)
+    coming = islice(_rows(ray.train.get_dataset_shard("train"), num_rows), num_steps)
+    for rows in read_ahead(coming, -(-_ROWS_AHEAD // num_rows)):
+        monitor.count(rows)
+        yield make_batch(rows, global_batch_size=size, num_workers=num_workers)
+
+
+def _rows(shard: ray.data.DataIterator, num_rows: int) -> Iterator[Rows]:
+    """This worker's rows of every step, endlessly: each iteration over the shard yields a bounded number."""
     while True:
         num_batches = 0
-        for rows in shard.iter_batches(
-            batch_size=rows_per_worker(size, num_workers), batch_format="numpy", drop_last=True
-        ):
+        for rows in shard.iter_batches(batch_size=num_rows, batch_format="numpy", drop_last=True):
             num_batches += 1
-            monitor.count(rows)
-            yield make_batch(rows, global_batch_size=size, num_workers=num_workers)
+            yield rows
         assert num_batches, "the stream ended before the run"
 
 

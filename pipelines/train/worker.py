@@ -33,7 +33,7 @@ from ..data.stream import Rows
 from ..infra.checkpoints import fetched, newest
 
 _ROWS_AHEAD = 640
-"""Rows that wait in a worker, as the stream begins a new round every 5 000 or so and its first ones take long."""
+"""Rows that wait in a worker: the stream comes in rounds of 5 000 or so, whose first rows take long."""
 
 
 def train_loop_per_worker(loop: Mapping[str, Any]) -> None:

@@ -27,8 +27,9 @@ def test_so_many_are_made_before_they_are_needed_and_no_more() -> None:
     ahead = read_ahead(items(), 4)
     assert next(ahead) == 0
     assert enough.wait(10)
-    ahead.close()
-    assert made == [0, 1, 2, 3, 4]
+    assert next(ahead) == 1
+    assert made[:5] == [0, 1, 2, 3, 4]
+    assert len(made) <= 6
 
 
 def test_an_error_comes_after_the_items_before_it() -> None:

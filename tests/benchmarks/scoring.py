@@ -52,8 +52,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3200, help="of the run; default %(default)s")
-    parser.add_argument("--every", type=int, default=400, help="steps to a checkpoint; default %(default)s")
+    parser.add_argument("--steps", type=int, default=6400, help="of the run; default %(default)s")
+    parser.add_argument("--every", type=int, default=800, help="steps to a checkpoint; default %(default)s")
     arguments = parser.parse_args()
     os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
     ours, theirs = multiprocessing.Pipe()

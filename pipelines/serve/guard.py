@@ -110,19 +110,22 @@ class Uploads:
         """
         if int(_header(scope, b"content-length") or 0) > self._max_bytes:
             raise too_large(self._max_bytes)
-        data = bytearray()
+        pieces: list[bytes] = []
+        num_bytes = 0
         async with self._one() as transfer:
             more = True
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ConnectionResetError("the client left before its request was complete")
-                data += message.get("body", b"")
+                pieces.append(message.get("body", b""))
+                num_bytes += len(pieces[-1])
                 more = message.get("more_body", False)
-                if len(data) > self._max_bytes:
+                if num_bytes > self._max_bytes:
                     raise too_large(self._max_bytes)
-                self._transfers.moved(transfer, len(data))
-        return bytes(data)
+                self._transfers.moved(transfer, num_bytes)
+        # Joined once: copying large bodies was a fifth of what Ray Serve's proxy did under attack.
+        return b"".join(pieces)
 
     @asynccontextmanager
     async def _one(self) -> AsyncIterator[Transfer]:

@@ -11,10 +11,11 @@
 #   inference  latency and throughput against the plain form
 #   ablation   objectives at equal seconds, with controls
 #   train      a starter model, for as long as SECONDS_TO_TRAIN says (default 240)
+#   compiled   the steps again with a compiled form, which may take longer than a machine is lent
 # A part writes OUT/PART.txt and figures as OUT/*.json; one that has ended well is not run again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-ALL=(tests parity steps curves inference ablation train)
+ALL=(tests parity steps curves inference ablation train compiled)
 parts=() kit="" photos="" out="" smoke=""
 while (($#)); do
     case "$1" in
@@ -40,6 +41,8 @@ run_part() {
     tests) gpu_tests ;;
     parity) measure parity --json "$out/parity.json" $(sized "" "--sizes tiny") ;;
     steps) measure train_step --kit "$kit" --json "$out/steps.json" \
+        $(sized "--preset published --batch 8 --rounds 15" "--batch 1 --rounds 1 --warm-up 1") ;;
+    compiled) measure train_step --kit "$kit" --json "$out/compiled.json" \
         $(sized "--preset published --batch 8 --rounds 15 --compiled" "--batch 1 --rounds 1 --warm-up 1") ;;
     curves) measure train_step --kit "$kit" --json "$out/curves.json" \
         $(sized "--batch 16 --rounds 200" "--batch 1 --rounds 2 --warm-up 1") ;;

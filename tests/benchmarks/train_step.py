@@ -35,6 +35,7 @@ from pipelines.config.run_config import RunConfig
 from .kit import install
 from .machine import card_of, machine
 from .plain import PlainTraining, count_flops
+from .replay import replay_network
 
 Step = Callable[[Batch], float | Tensor]
 Result = TypeVar("Result")
@@ -52,6 +53,8 @@ class Variant:
     bf16_copy: bool = False
     """bf16 on a copy of the weights, which is cast once a step."""
     compile: bool = False
+    graphs: bool = False
+    """Replays the network's calls, see `replay_network`."""
 
 
 PLAIN: dict[str, dict[str, bool]] = {
@@ -79,14 +82,17 @@ def torch_defaults(compute: Callable[[], Result]) -> Result:
         torch.set_float32_matmul_precision(before)
 
 
-def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig) -> Step:
-    """A function that makes one update of a copy of `model`."""
+def our_step(variant: Variant, model: ConsistencyModel, config: RunConfig, size: int) -> Step:
+    """A function that makes one update of a copy of `model`, with `size` images."""
     model = copy.deepcopy(model)
     lpips = load_lpips("vgg", "bf16" if variant.bf16_lpips else "fp32").to(next(model.parameters()).device)
     if variant.channels_last:
         for module in (model, lpips):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return step_of(variant, our_state(variant, model, config), lpips, config)
+    state = our_state(variant, model, config)
+    if variant.graphs:
+        replay_network(state, size)
+    return step_of(variant, state, lpips, config)
 
 
 def our_state(variant: Variant, model: ConsistencyModel, config: RunConfig) -> TrainState:
@@ -162,7 +168,9 @@ def main() -> None:
         "--threads", type=int, default=1, help="on a CPU; default %(default)s, as a worker has"
     )
     parser.add_argument("--kit", type=Path, help="folder of tests.benchmarks.kit, for LPIPS's weights")
-    parser.add_argument("--compiled", action="store_true", help="a compiled form, too; takes minutes")
+    parser.add_argument(
+        "--compiled", action="store_true", help="a compiled form instead of CUDA graphs; takes minutes"
+    )
     parser.add_argument("--json", type=Path, help="write figures and losses there, too")
     arguments = parser.parse_args()
     if arguments.kit:
@@ -180,8 +188,10 @@ def main() -> None:
     variants = [OURS, *(GPU if device == "cuda" else ())]
     if arguments.compiled:
         variants.append(replace(variants[-1], name="+ torch.compile", compile=True))
+    elif device == "cuda":
+        variants.append(replace(variants[-1], name="+ CUDA graphs of the network", graphs=True))
     for variant in variants:
-        steps[variant.name] = our_step(variant, model, config)
+        steps[variant.name] = our_step(variant, model, config, size)
     results = measure(steps, batches(config, size, device), arguments.rounds, arguments.warm_up)
     report(config, model, size, device, results)
     if arguments.json:

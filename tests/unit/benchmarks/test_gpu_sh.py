@@ -14,7 +14,7 @@ from tests.benchmarks.kit import pack
 from tests.support.repository import ROOT
 
 PHOTOS = {"train": ("astronaut", "coffee"), "val": ("chelsea",), "test": ("rocket",)}
-PARTS = ("tests", "parity", "steps", "curves", "inference", "ablation", "train")
+PARTS = ("tests", "parity", "steps", "curves", "inference", "ablation", "train", "compiled")
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +72,6 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {f"{part}.{suffix}" for part in PARTS for suffix in ("done", "txt")} <= made
     assert {"parity.json", "steps.json", "curves.json", "inference.json", "ablation.json"} <= made
-    assert {"training.json", "sheet.jpg", "checkpoint"} <= made
+    assert {"training.json", "sheet.jpg", "checkpoint", "compiled.json"} <= made
     steps = json.loads((tmp_path / "out/steps.json").read_text())
     assert {len(form["losses"]) for form in steps["forms"].values()} == {2}

@@ -28,6 +28,7 @@ from ctmsr.training.objective import Batch, compute_losses
 from ctmsr.training.state import TrainState, build_state
 from ctmsr.training.step import check_finite, compile_step, train_step
 from tests.benchmarks.plain import PlainTraining
+from tests.benchmarks.replay import replay_network
 from tests.support import tiny
 from tests.support.fixture_inputs import tensor
 from tests.support.tiny import OPTIM, RECIPE, distance, filled_model, make_batch
@@ -155,6 +156,17 @@ def test_losses_follow_the_plain_form(is_compiled: bool, parts: int | None) -> N
     assert np.abs(losses / expected - 1).max() < 0.03
     assert abs(losses.mean() / np.mean(expected) - 1) < 0.005
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_replayed_steps_are_those_that_launch_every_kernel() -> None:
+    recipe = replace(RECIPE, optim=replace(OPTIM, ct_steps=100, lr=1e-4))
+    model, lpips = filled_model(replace(NETWORK, dropout=0.1)), Distance().to(GPU)
+    eager, replayed = fast_state(model), fast_state(model)
+    replay_network(replayed, size=2)
+    for batch in prefetch(batches(12), GPU):
+        expected, found = (train_step(state, batch, recipe, lpips) for state in (eager, replayed))
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-3, atol=0)
+        torch.testing.assert_close(found["grad_norm"], expected["grad_norm"], rtol=0.03, atol=0)
 
 
 def distance_on_gpu() -> nn.Module:
